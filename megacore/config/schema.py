@@ -1,0 +1,201 @@
+"""The run as data: a frozen tree of sections, each key with its default, its meaning and its choices.
+
+This file says *what can be written* in a run file and nothing else: `load.py` reads it, `families.py` fills
+what a model family implies, `validate.py` checks the whole. Every default is stated here, once.
+A number 0 (or an empty string or list) means "derived": `load.resolve` replaces it by the value it stands for
+before anything else sees the tree, so the rest of the house never meets an unresolved model.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def key(default: Any, help: str, choices: tuple[str, ...] = (), **more: Any) -> Any:
+    """A dataclass field with its one-line meaning (shown by `megacore config explain`) and its legal values."""
+    metadata = {"help": help, "choices": choices, **more}
+    if isinstance(default, (list, dict, type)):
+        factory = default if isinstance(default, type) else lambda: type(default)(default)
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the length that a model was first trained at."""
+
+    type: str = key("none", "method", ("none", "linear", "ntk", "yarn", "llama3"))
+    factor: float = key(1.0, "new length / original length")
+    original_seq_len: int = key(0, "length the model was first trained at (yarn, llama3)")
+    low_freq_factor: float = key(1.0, "llama3: wavelengths above original/low are divided by factor")
+    high_freq_factor: float = key(4.0, "llama3: wavelengths below original/high are kept")
+    beta_fast: float = key(32.0, "yarn: dims that turn more often than this over the original length are kept")
+    beta_slow: float = key(1.0, "yarn: dims that turn less often than this are divided by factor")
+    attention_factor: float = key(0.0, "yarn: multiplies cos and sin; 0: 0.1 ln(factor) + 1")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and features of the decoder."""
+
+    family: str = key(
+        "llama",
+        "fills the feature keys that are not given (norm, activation, position, biases, tying, qk_norm)",
+        ("llama", "mistral", "qwen2", "qwen3", "gpt2"),
+    )
+    num_layers: int = key(0, "transformer blocks", required=True)
+    hidden_size: int = key(0, "width of the residual stream", required=True)
+    ffn_hidden_size: int = key(0, "width inside the MLP; 0: 4 x hidden, or 8/3 x hidden up to 64 if gated")
+    num_heads: int = key(0, "query heads", required=True)
+    num_kv_heads: int = key(0, "key/value heads (GQA; 1: MQA); 0: num_heads")
+    head_dim: int = key(0, "width of a head; 0: hidden_size / num_heads")
+    vocab_size: int = key(0, "tokens in the vocabulary; 0: taken from the data's tokenizer")
+    norm: str = key("rmsnorm", "normalisation before attention and MLP", ("rmsnorm", "layernorm"))
+    norm_eps: float = key(1e-5, "added to the variance")
+    activation: str = key("swiglu", "MLP non-linearity", ("swiglu", "geglu", "gelu", "relu2"))
+    position: str = key("rope", "how positions enter", ("rope", "alibi", "learned", "none"))
+    max_positions: int = key(0, "rows of the learned position table; 0: train.seq_len")
+    rope_theta: float = key(10000.0, "base of the rotary frequencies")
+    rope_scaling: RopeScaling = key(RopeScaling, "context extension of RoPE")
+    tie_embeddings: bool = key(False, "the output head uses the embedding's weight")
+    qk_norm: bool = key(False, "RMSNorm of each query and key head before positions (Qwen3)")
+    qkv_bias: bool = key(False, "bias on the query, key and value projections")
+    attention_out_bias: bool = key(False, "bias on the attention's output projection")
+    mlp_bias: bool = key(False, "bias on both MLP projections")
+    sliding_window: int = key(0, "a token sees itself and window-1 tokens before it; 0: all")
+    dropout: float = key(0.0, "after the embedding and on each block's two outputs")
+    attention_dropout: float = key(0.0, "on attention probabilities")
+    init_std: float = key(0.02, "standard deviation of every weight matrix at the start")
+    init_scale_residual: bool = key(True, "divide init_std by sqrt(2 num_layers) where a block writes its output")
+    num_experts: int = key(0, "experts per MoE layer; 0: dense")
+    top_k: int = key(0, "experts per token")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the ranks share the work. world = pp*dp*cp*tp = pp*edp*ep*etp."""
+
+    tp: int = key(1, "tensor parallel size: splits every layer's matrices")
+    pp: int = key(1, "pipeline parallel size: splits the layers")
+    cp: int = key(1, "context parallel size: splits the sequence")
+    dp: int = key(0, "data parallel size; 0: world / (tp*pp*cp)")
+    dp_shard: int = key(0, "ranks of a dp group that shard state (hybrid sharding); 0: dp")
+    ep: int = key(1, "expert parallel size")
+    etp: int = key(0, "tensor parallel size inside experts; 0: tp")
+    chunks: int = key(1, "model chunks per pipeline rank (interleaving)")
+    stage_layers: tuple[int, ...] = key((), "layers of each stage, in order; empty: balanced")
+    schedule: str = key("1f1b", "pipeline schedule", ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v", "dualpipe-v"))
+    zero: int = key(0, "ZeRO stage: 0 nothing, 1 optimizer state, 2 + gradients, 3 + parameters are sharded")
+    sequence_parallel: bool = key(False, "split activations outside the matrices along the sequence over tp")
+    regather_inputs: bool = key(
+        False, "with sequence_parallel: keep only the shard of a layer's input and gather it again in backward"
+    )
+    recompute: str = key("none", "activations computed again in backward", ("none", "selective", "full"))
+    order: str = key("pp-dp-cp-tp", "rank order, outermost axis first")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length and batch of the run."""
+
+    steps: int = key(100, "optimizer steps")
+    seq_len: int = key(256, "tokens per sample")
+    micro_batch_size: int = key(1, "samples that one rank computes at once")
+    global_batch_size: int = key(1, "samples per optimizer step, over all ranks")
+    batch_ramp: tuple[int, ...] = key((), "[start, increment, samples]: grow the batch from start to global over so many samples")
+    seed: int = key(1234, "seed of weights, dropout and data order")
+    device: str = key("auto", "where to compute; auto: cuda if there is one", ("auto", "cpu", "cuda"))
+    deterministic: bool = key(False, "refuse operations whose result may vary from run to run")
+    eval_every: int = key(0, "evaluate every so many steps; 0: never")
+    eval_steps: int = key(10, "global batches per evaluation")
+    label_smoothing: float = key(0.0, "weight of the uniform distribution in the target")
+    z_loss: float = key(0.0, "weight of the squared log-partition (PaLM, section 5)")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The update rule."""
+
+    name: str = key("adamw", "optimizer", ("adamw", "sgd"))
+    lr: float = key(3e-4, "peak learning rate")
+    min_lr: float = key(0.0, "learning rate at the end of the decay")
+    warmup_steps: int = key(0, "steps of linear warm-up from 0")
+    lr_schedule: str = key("cosine", "decay after warm-up", ("cosine", "linear", "constant", "wsd", "inverse_sqrt"))
+    decay_steps: int = key(0, "step at which the decay ends; 0: train.steps")
+    wsd_decay_steps: int = key(0, "wsd: length of the final decay; 0: a tenth of decay_steps")
+    weight_decay: float = key(0.1, "decoupled weight decay; norms, biases and embeddings are exempt")
+    beta1: float = key(0.9, "decay of the first moment")
+    beta2: float = key(0.95, "decay of the second moment")
+    eps: float = key(1e-8, "added to the square root of the second moment")
+    momentum: float = key(0.0, "sgd: momentum")
+    clip_grad: float = key(1.0, "largest global gradient norm; 0: no clipping")
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Number formats."""
+
+    dtype: str = key("fp32", "parameters and activations", ("fp64", "fp32", "bf16", "fp16"))
+    fp8: str = key("off", "matrix products in FP8", ("off", "delayed", "current", "block"))
+    loss_scale: str = key("off", "fp16 loss scaling: off, dynamic or a number")
+    grad_reduce_dtype: str = key("auto", "format of gradient sums over ranks; auto: fp32, under fp64 fp64", ("auto", "fp64", "fp32", "bf16"))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, in which mixture and order."""
+
+    blend: tuple[tuple[float, str], ...] = key((), "list of [weight, prefix]; a lone prefix means [1, prefix]")
+    eval_blend: tuple[tuple[float, str], ...] = key((), "data of their own for evaluation; empty: the validation split of blend")
+    split: tuple[float, ...] = key((969.0, 30.0, 1.0), "shares of train, validation and test documents")
+    tokenizer: str = key("", "bytes, FILE.model, FILE.json or folder, tiktoken:NAME; empty: the one the data was made with")
+    index: str = key("megacore", "order of samples", ("megacore", "megatron"))
+    cache: str = key("", "folder of built sample indices; empty: beside each data file")
+    temperature: float = key(0.0, "0: use the weights; T > 0: weights ~ tokens^(1/T)")
+    reset_positions: bool = key(False, "positions start at 0 in every document")
+    reset_attention: bool = key(False, "tokens do not attend across documents")
+    mask_eod_loss: bool = key(False, "the end-of-document token is not a target")
+    fim_rate: float = key(0.0, "share of documents rearranged for fill-in-the-middle")
+    fim_spm_rate: float = key(0.5, "share of those in suffix-prefix-middle order")
+    fim_tokens: tuple[str, ...] = key(
+        ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"), "names of the prefix, middle and suffix tokens"
+    )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When state is saved and from where a run starts."""
+
+    save_every: int = key(0, "steps between checkpoints; 0: never")
+    keep: int = key(3, "checkpoints kept")
+    async_save: bool = key(True, "write in the background")
+    resume: str = key("never", "auto, never or PATH")
+    init_from: str = key("", "checkpoint or HF folder to take weights from")
+    export_hf_every: int = key(0, "steps between HF exports; 0: never")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is shown and kept."""
+
+    every: int = key(1, "steps between metric lines")
+    tensorboard: bool = key(False, "also write TensorBoard events")
+    wandb: bool = key(False, "also log to Weights & Biases")
+    sample_every: int = key(0, "steps between sampled texts; 0: never")
+    sample_prompts: tuple[str, ...] = key((), "prompts to continue")
+    sample_tokens: int = key(48, "tokens per sampled text")
+    sample_temperature: float = key(0.8, "softmax temperature of sampled texts; 0: the likeliest token")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, whole."""
+
+    model: ModelConfig = key(ModelConfig, "the decoder")
+    parallel: ParallelConfig = key(ParallelConfig, "the layout")
+    train: TrainConfig = key(TrainConfig, "length and batch")
+    optim: OptimConfig = key(OptimConfig, "the update rule")
+    precision: PrecisionConfig = key(PrecisionConfig, "number formats")
+    data: DataConfig = key(DataConfig, "the corpus")
+    checkpoint: CheckpointConfig = key(CheckpointConfig, "saving and resuming")
+    log: LogConfig = key(LogConfig, "watching")
+    out: str = key("runs/run", "the run's folder")

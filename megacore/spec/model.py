@@ -1,0 +1,153 @@
+"""The parameters of a decoder by their global names, layer by layer.
+
+Names and shapes of the whole model (h hidden, a query heads, k kv heads, d head_dim, f ffn, V vocabulary):
+
+    embedding.tokens.weight [V, h]            embedding.positions.weight [positions, h]
+    layers.N.attention_norm.weight [h]        layers.N.mlp_norm.weight [h]
+    layers.N.attention.qkv.weight [(a+2k)d, h]   rows: query heads, key heads, value heads
+    layers.N.attention.q_norm.weight [d]      layers.N.attention.k_norm.weight [d]
+    layers.N.attention.out.weight [h, ad]
+    layers.N.mlp.gate_up.weight [2f, h]       rows: gate, up (or layers.N.mlp.up.weight [f, h] where nothing gates)
+    layers.N.mlp.down.weight [h, f]
+    final_norm.weight [h]                     head.weight [V, h], absent where it is tied
+
+and a ``.bias`` beside each weight that has one.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megacore.config.schema import ModelConfig
+from megacore.layout.partition import Segment
+from megacore.spec.params import ParamSpec, columns, rows
+
+GATED = frozenset({"swiglu", "geglu"})
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """A unit that is never cut by a stage: the embedding, one block, or the head."""
+
+    name: str
+    params: tuple[ParamSpec, ...]
+
+    @property
+    def num_params(self) -> int:
+        """Elements of all its parameters."""
+        return sum(param.numel for param in self.params)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The whole model: ``embedding``, ``blocks`` and ``head`` (final norm and output matrix)."""
+
+    config: ModelConfig
+    embedding: LayerSpec
+    blocks: tuple[LayerSpec, ...]
+    head: LayerSpec
+
+    @classmethod
+    def of(cls, model: ModelConfig, sequence_parallel: bool = False) -> "ModelSpec":
+        """The spec of a resolved model; with ``sequence_parallel``, what works on shards of the sequence has
+        gradients that are partial over tp (Korthikanti et al. 2022, section 4.2.2)."""
+        make = _Maker(model, ("tp",) if sequence_parallel else ())
+        return cls(
+            config=model,
+            embedding=LayerSpec("embedding", tuple(make.embedding())),
+            blocks=tuple(LayerSpec(f"layers.{i}", tuple(make.block(f"layers.{i}"))) for i in range(model.num_layers)),
+            head=LayerSpec("head", tuple(make.head())),
+        )
+
+    @property
+    def params(self) -> tuple[ParamSpec, ...]:
+        """All parameters in global order: embedding, blocks, head."""
+        units = (self.embedding, *self.blocks, self.head)
+        return tuple(param for unit in units for param in unit.params)
+
+    @property
+    def by_name(self) -> dict[str, ParamSpec]:
+        """Parameters by global name."""
+        return {param.name: param for param in self.params}
+
+    @property
+    def num_params(self) -> int:
+        """Elements of all parameters; a tied matrix counts once."""
+        return sum(param.numel for param in self.params)
+
+    @property
+    def num_matmul_params(self) -> int:
+        """Elements that every token is multiplied with: the layers' matrices and the output matrix (also if tied)."""
+        tied = self.config.vocab_size * self.config.hidden_size if self.config.tie_embeddings else 0
+        return sum(param.numel for param in self.params if param.is_matmul) + tied
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Writes down the parameters of each unit."""
+
+    model: ModelConfig
+    on_sequence: tuple[str, ...]
+
+    @property
+    def vocab(self) -> Segment:
+        return Segment(self.model.vocab_size)
+
+    def embedding(self) -> Iterator[ParamSpec]:
+        m = self.model
+        std = m.init_std
+        shape = (m.vocab_size, m.hidden_size)
+        yield ParamSpec("embedding.tokens.weight", shape, rows(self.vocab), (), std=std, decay=False)
+        if m.position == "learned":
+            shape = (m.max_positions, m.hidden_size)
+            yield ParamSpec("embedding.positions.weight", shape, None, self.on_sequence, std=std, decay=False)
+
+    def block(self, name: str) -> Iterator[ParamSpec]:
+        m = self.model
+        yield from self.norm(f"{name}.attention_norm")
+        heads = Segment(m.num_heads * m.head_dim, m.head_dim)
+        kv = Segment(m.num_kv_heads * m.head_dim, m.head_dim, replicate=True)
+        yield from self.column(f"{name}.attention.qkv", (heads, kv, kv), m.qkv_bias)
+        if m.qk_norm:
+            # each rank norms its own heads with the same weight, so its gradient is a part of the whole
+            for which in ("q_norm", "k_norm"):
+                yield self.vector(f"{name}.attention.{which}.weight", m.head_dim, "ones", ("tp",))
+        yield from self.row(f"{name}.attention.out", heads, m.attention_out_bias)
+        yield from self.norm(f"{name}.mlp_norm")
+        ffn = Segment(m.ffn_hidden_size)
+        if m.activation in GATED:
+            yield from self.column(f"{name}.mlp.gate_up", (ffn, ffn), m.mlp_bias)
+        else:
+            yield from self.column(f"{name}.mlp.up", (ffn,), m.mlp_bias)
+        yield from self.row(f"{name}.mlp.down", ffn, m.mlp_bias)
+
+    def head(self) -> Iterator[ParamSpec]:
+        m = self.model
+        yield from self.norm("final_norm")
+        if not m.tie_embeddings:
+            shape = (m.vocab_size, m.hidden_size)
+            yield ParamSpec("head.weight", shape, rows(self.vocab), std=m.init_std, is_matmul=True)
+
+    def norm(self, name: str) -> Iterator[ParamSpec]:
+        yield self.vector(f"{name}.weight", self.model.hidden_size, "ones", self.on_sequence)
+        if self.model.norm == "layernorm":
+            yield self.vector(f"{name}.bias", self.model.hidden_size, "zeros", self.on_sequence)
+
+    def column(self, name: str, segments: tuple[Segment, ...], bias: bool) -> Iterator[ParamSpec]:
+        """A matrix whose outputs are split."""
+        split = rows(*segments)
+        shape = (split.size, self.model.hidden_size)
+        yield ParamSpec(f"{name}.weight", shape, split, std=self.model.init_std, is_matmul=True)
+        if bias:
+            yield ParamSpec(f"{name}.bias", (split.size,), split, init="zeros", decay=False)
+
+    def row(self, name: str, segment: Segment, bias: bool) -> Iterator[ParamSpec]:
+        """A matrix whose inputs are split; it writes into the residual stream."""
+        m = self.model
+        std = m.init_std / math.sqrt(2 * m.num_layers) if m.init_scale_residual else m.init_std
+        yield ParamSpec(f"{name}.weight", (m.hidden_size, segment.size), columns(segment), std=std, is_matmul=True)
+        if bias:
+            yield self.vector(f"{name}.bias", m.hidden_size, "zeros", self.on_sequence)
+
+    def vector(self, name: str, size: int, init: str, partial: tuple[str, ...]) -> ParamSpec:
+        return ParamSpec(name, (size,), None, partial, init=init, decay=False)
