@@ -83,7 +83,9 @@ class ParallelConfig:
     etp: int = key(0, "tensor parallel size inside experts; 0: tp")
     chunks: int = key(1, "model chunks per pipeline rank (interleaving)")
     stage_layers: tuple[int, ...] = key((), "layers of each stage, in order; empty: balanced")
-    schedule: str = key("1f1b", "pipeline schedule", ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v", "dualpipe-v"))
+    schedule: str = key(
+        "1f1b", "pipeline schedule", ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v", "dualpipe-v")
+    )
     zero: int = key(0, "ZeRO stage: 0 nothing, 1 optimizer state, 2 + gradients, 3 + parameters are sharded")
     sequence_parallel: bool = key(False, "split activations outside the matrices along the sequence over tp")
     regather_inputs: bool = key(
@@ -101,7 +103,9 @@ class TrainConfig:
     seq_len: int = key(256, "tokens per sample")
     micro_batch_size: int = key(1, "samples that one rank computes at once")
     global_batch_size: int = key(1, "samples per optimizer step, over all ranks")
-    batch_ramp: tuple[int, ...] = key((), "[start, increment, samples]: grow the batch from start to global over so many samples")
+    batch_ramp: tuple[int, ...] = key(
+        (), "[start, increment, samples]: grow the batch from start to global over so many samples"
+    )
     seed: int = key(1234, "seed of weights, dropout and data order")
     device: str = key("auto", "where to compute; auto: cuda if there is one", ("auto", "cpu", "cuda"))
     deterministic: bool = key(False, "refuse operations whose result may vary from run to run")
@@ -137,7 +141,9 @@ class PrecisionConfig:
     dtype: str = key("fp32", "parameters and activations", ("fp64", "fp32", "bf16", "fp16"))
     fp8: str = key("off", "matrix products in FP8", ("off", "delayed", "current", "block"))
     loss_scale: str = key("off", "fp16 loss scaling: off, dynamic or a number")
-    grad_reduce_dtype: str = key("auto", "format of gradient sums over ranks; auto: fp32, under fp64 fp64", ("auto", "fp64", "fp32", "bf16"))
+    grad_reduce_dtype: str = key(
+        "auto", "format of gradient sums over ranks; auto: fp32, under fp64 fp64", ("auto", "fp64", "fp32", "bf16")
+    )
 
 
 @dataclass(frozen=True)
@@ -145,9 +151,13 @@ class DataConfig:
     """What is read, in which mixture and order."""
 
     blend: tuple[tuple[float, str], ...] = key((), "list of [weight, prefix]; a lone prefix means [1, prefix]")
-    eval_blend: tuple[tuple[float, str], ...] = key((), "data of their own for evaluation; empty: the validation split of blend")
+    eval_blend: tuple[tuple[float, str], ...] = key(
+        (), "data of their own for evaluation; empty: the validation split of blend"
+    )
     split: tuple[float, ...] = key((969.0, 30.0, 1.0), "shares of train, validation and test documents")
-    tokenizer: str = key("", "bytes, FILE.model, FILE.json or folder, tiktoken:NAME; empty: the one the data was made with")
+    tokenizer: str = key(
+        "", "bytes, FILE.model, FILE.json or folder, tiktoken:NAME; empty: the one the data was made with"
+    )
     index: str = key("megacore", "order of samples", ("megacore", "megatron"))
     cache: str = key("", "folder of built sample indices; empty: beside each data file")
     temperature: float = key(0.0, "0: use the weights; T > 0: weights ~ tokens^(1/T)")

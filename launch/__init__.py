@@ -1,0 +1,1 @@
+"""Starting runs on one machine or many, installed as `megacore.launch`."""

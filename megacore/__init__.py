@@ -1,0 +1,3 @@
+"""megacore: trains language models on many devices, from raw text on."""
+
+__version__ = "0.1.0"

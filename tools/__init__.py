@@ -1,0 +1,1 @@
+"""Commands, one file each, installed as `megacore.tools`: thin faces over the library."""
