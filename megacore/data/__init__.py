@@ -1,0 +1,1 @@
+"""Token data: files, sample order, documents, tokenizers. numpy only, never torch."""
