@@ -1,0 +1,79 @@
+"""JSON-lines files that survive a crash: one object per line, appended whole, repaired on reopening."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+
+class JsonLines:
+    """Appends objects to a `.jsonl` file, one write per line, so that a reader never waits for a buffer.
+
+    A run that was killed in the middle of a line leaves half an object; opening the file again cuts it off (or
+    only adds the missing line break, if the object is whole).
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        repair_last_line(path)
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Writes one object. NaN and infinities become null and are named under "nonfinite" (see `finite`)."""
+        line = json.dumps(finite(record), ensure_ascii=False, allow_nan=False)
+        self._file.write(line.encode("utf-8", "surrogatepass") + b"\n")
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def finite(record: dict[str, Any]) -> dict[str, Any]:
+    """The record as strict JSON can hold it.
+
+    JSON has no NaN or infinity, yet a run that diverges must say so: such a value is written as null, and
+    `"nonfinite": {"loss": "nan", "grad_norm": "inf"}` is added, so null alone still means "not known".
+    """
+    odd = {name: repr(value) for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
+    if not odd:
+        return record
+    return {name: None if name in odd else value for name, value in record.items()} | {"nonfinite": odd}
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """All objects of the file, non-finite values restored; a half-written last line is left out.
+
+    Raises ValueError for a bad line elsewhere.
+    """
+    lines = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                continue  # still being written, or cut short by a crash
+            raise ValueError(f"{path}, line {number}: not JSON ({error}); remove the line") from None
+        for name, value in record.pop("nonfinite", {}).items():
+            record[name] = float(value)
+        records.append(record)
+    return records
+
+
+def repair_last_line(path: Path) -> None:
+    """Ends the file with a whole line: completes it by a line break, or cuts off half an object."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        if not content or content.endswith(b"\n"):
+            return
+        start = content.rfind(b"\n") + 1
+        try:
+            json.loads(content[start:])
+        except ValueError:
+            file.truncate(start)
+        else:
+            file.write(b"\n")

@@ -1,0 +1,107 @@
+"""The figures of a step: their record in metrics.jsonl, the one line that people read, and the run's events."""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megacore.monitor.console import Paint, human_count, human_time, plain
+from megacore.monitor.jsonl import JsonLines
+from megacore.monitor.run_folder import EVENTS, METRICS
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What is known after a step; the fields are the keys of metrics.jsonl, in their order.
+
+    loss: mean over all tokens of the global batch, before the update. tokens: seen in total so far. mfu: share of
+    the peak, 0 to 1, None where the peak is unknown. memory_gb: peak, 1e9 bytes. skipped: the update was left out
+    because the gradient was not finite. val_loss: only where evaluated.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float | None
+    lr: float
+    tokens: int
+    tokens_per_s: float | None = None
+    step_time_s: float | None = None
+    tflops_per_device: float | None = None
+    mfu: float | None = None
+    memory_gb: float | None = None
+    skipped: bool = False
+    val_loss: float | None = None
+
+    def record(self) -> dict[str, Any]:
+        """The object for metrics.jsonl: unknown values are null, val_loss stands only where it was evaluated."""
+        record = asdict(self)
+        if self.val_loss is None:
+            del record["val_loss"]
+        return record
+
+
+class MetricsWriter:
+    """Appends a line per logged step to out/metrics.jsonl, floats in full precision (see jsonl.finite for NaN)."""
+
+    def __init__(self, out: Path) -> None:
+        self._lines = JsonLines(out / METRICS)
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Appends one step."""
+        self._lines.append(metrics.record())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._lines.close()
+
+
+class EventsWriter:
+    """Appends what happens to a run (starts, saves, resumes, skips, samples, faults) to out/events.jsonl."""
+
+    def __init__(self, out: Path) -> None:
+        self._lines = JsonLines(out / EVENTS)
+
+    def write(self, event: str, **details: Any) -> None:
+        """Appends {"time": seconds since 1970, "event": event, **details}."""
+        self._lines.append({"time": time.time(), "event": event, **details})
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._lines.close()
+
+
+def format_line(metrics: StepMetrics, total_steps: int, eta_s: float | None = None, paint: Paint = plain) -> str:
+    """The one line about a step; fields keep their columns from step to step. Unknown figures are left out."""
+
+    def field(label: str, value: str, *styles: str) -> str:
+        return f"{paint(label, 'dim')} {paint(value, *styles) if styles else value}"
+
+    width = len(str(total_steps))
+    parts = [
+        field("step", f"{metrics.step:>{width}}/{total_steps}"),
+        field("loss", f"{metrics.loss:7.4f}", "bold"),
+        field("lr", f"{metrics.lr:.2e}"),
+    ]
+    if metrics.grad_norm is not None:
+        parts.append(
+            field("grad", f"{metrics.grad_norm:6.3f}" if metrics.grad_norm < 100 else f"{metrics.grad_norm:6.0f}")
+        )
+    if metrics.tokens_per_s is not None:
+        parts.append(f"{human_count(metrics.tokens_per_s):>5} {paint('tok/s', 'dim')}")
+    if metrics.tflops_per_device is not None:
+        parts.append(f"{_tflops(metrics.tflops_per_device)} {paint('TFLOP/s', 'dim')}")
+    if metrics.mfu is not None:
+        parts.append(field("mfu", f"{metrics.mfu:5.1%}"))
+    if metrics.memory_gb is not None:
+        parts.append(f"{metrics.memory_gb:.2f} {paint('GB', 'dim')}")
+    if eta_s is not None:
+        parts.append(field("eta", f"{human_time(eta_s):>6}"))
+    if metrics.val_loss is not None:
+        parts.append(field("val", f"{metrics.val_loss:.4f}", "green", "bold"))
+    if metrics.skipped:
+        parts.append(paint("skipped", "yellow", "bold"))
+    return "  ".join(parts)
+
+
+def _tflops(value: float) -> str:
+    return f"{value:5.3f}" if value < 1 else f"{value:5.1f}"
