@@ -1,0 +1,104 @@
+"""Ranks that talk to each other, and a record of what they said."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+class CommRecord(NamedTuple):
+    """One collective as the formulas count it, whatever primitives carried it out.
+
+    `num_elements` is the size of the whole tensor: the one reduced, the gathered result, the input of a
+    reduce-scatter, one rank's input of an all-to-all.
+    """
+
+    axis: str
+    operation: str
+    num_elements: int
+    dtype: torch.dtype
+
+    def wire_elements(self, size: int) -> float:
+        """Elements that each of `size` ranks sends under the bandwidth-optimal algorithm (the bus factor)."""
+        share = (size - 1) / size
+        return {"all_reduce": 2 * share, "broadcast": 1.0, "barrier": 0.0}.get(
+            self.operation, share
+        ) * self.num_elements
+
+
+class CommLog(list[CommRecord]):
+    """All collectives of this rank in order. Handed to the mesh by who wants to count; nothing else fills it."""
+
+    def totals(self) -> Counter[tuple[str, str]]:
+        """How many collectives there were of each (axis, operation)."""
+        return Counter((record.axis, record.operation) for record in self)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks along one axis that this process is one of, in order, and its own place among them.
+
+    A group of size 1 has no handle and no collective over it touches torch.distributed: it is a true no-op.
+    `backend` is gloo or nccl.
+    """
+
+    axis: str
+    ranks: tuple[int, ...] = (0,)
+    rank: int = 0
+    handle: ProcessGroup | None = None
+    backend: str = ""
+    log: CommLog | None = None
+    tags: Iterator[int] = field(default_factory=count, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < len(self.ranks), f"{self.axis}: rank {self.rank} is not among {len(self.ranks)}"
+        assert (self.handle is None) == (self.size == 1), f"{self.axis}: a handle belongs to more than one rank"
+
+    @classmethod
+    def single(cls, axis: str) -> "Group":
+        """A group of this process alone."""
+        return cls(axis)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.ranks)
+
+    def next_tag(self) -> int:
+        """A number that is the same on all ranks for the same collective: they call them in the same order."""
+        return next(self.tags) % 2**30
+
+    def record(self, operation: str, num_elements: int, dtype: torch.dtype) -> None:
+        """Notes a collective, if anybody wants to know."""
+        if self.log is not None:
+            self.log.append(CommRecord(self.axis, operation, num_elements, dtype))
+
+
+class Pending:
+    """A collective under way. Until `wait` returns, its inputs must be neither written nor freed."""
+
+    def __init__(self, finish: Callable[[], Tensor]) -> None:
+        self._finish: Callable[[], Tensor] | None = finish
+        self._result: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        """The result. On CUDA the current stream waits, not the host. Further calls give the same tensor."""
+        if self._finish is not None:
+            self._result = self._finish()
+            self._finish = None  # lets go of the inputs
+        assert self._result is not None
+        return self._result
+
+    def then(self, step: Callable[[Tensor], Tensor]) -> "Pending":
+        """This collective followed by a local `step` on its result, which `wait` takes."""
+        return Pending(lambda: step(self.wait()))
+
+    @classmethod
+    def done(cls, x: Tensor) -> "Pending":
+        """A collective over one rank: it was over before it began."""
+        return cls(lambda: x)

@@ -1,0 +1,90 @@
+"""All groups of one process, built once from the layout and handed to whoever needs one of them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+from torch import distributed
+from torch.distributed import ProcessGroup
+
+from megacore.layout.layout import Layout
+from megacore.mesh.group import CommLog, Group
+
+Ranks = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ParallelMesh:
+    """The groups that this process is one of. Modules are given a `Group`, never the mesh."""
+
+    layout: Layout
+    rank: int
+    device: torch.device
+    tp: Group  # splits every layer's matrices
+    cp: Group  # splits the sequence
+    dp: Group  # splits the batch
+    pp: Group  # splits the layers
+    ep: Group  # splits the experts
+    etp: Group  # splits each expert's matrices
+    edp: Group  # copies of the same experts
+    dp_cp: Group  # sums gradients of dense parameters
+    dp_shard: Group  # shards state
+    dp_replicate: Group  # copies of the sharded state
+    model: Group  # pp x tp: holds one copy of the model; norms are summed over it
+    kv: Group  # the neighbours in tp that hold copies of the same kv heads
+    world: Group
+
+    @classmethod
+    def build(
+        cls, layout: Layout, rank: int, device: torch.device, kv_replicas: int = 1, log: CommLog | None = None
+    ) -> "ParallelMesh":
+        """The mesh of `rank`; with more than one rank, torch.distributed must have been started.
+
+        All ranks must call it, with the same layout: each makes all process groups, in the same order. Groups of the
+        same ranks share one. Raises ValueError if the layout's world is not the one that was started.
+        """
+        if layout.world > 1 and distributed.get_world_size() != layout.world:
+            raise ValueError(
+                f"the layout {layout.describe()} needs {layout.world} ranks, but {distributed.get_world_size()} were "
+                "started; start as many, or leave parallel.dp out to derive it"
+            )
+        partitions = partitions_of(layout, kv_replicas)
+        handles = _make_handles(partitions)
+        groups = {}
+        for axis, partition in partitions.items():
+            ranks = next(group for group in partition if rank in group)
+            handle, tags = handles.get(ranks, (None, count()))
+            backend = "" if handle is None else distributed.get_backend(handle)
+            groups[axis] = Group(axis, ranks, ranks.index(rank), handle, backend, log, tags)
+        return cls(layout, rank, device, **groups)
+
+    @classmethod
+    def single(cls, device: torch.device | str = "cpu") -> "ParallelMesh":
+        """The mesh of one process alone; torch.distributed is not touched."""
+        return cls.build(Layout(), 0, torch.device(device))
+
+
+def partitions_of(layout: Layout, kv_replicas: int) -> dict[str, tuple[Ranks, ...]]:
+    """For every field of the mesh, how its groups cut the world; the order is that of creation."""
+    single_axes = ("tp", "cp", "dp", "pp", "ep", "etp", "edp", "dp_shard", "dp_replicate")
+    return {
+        "world": layout.groups("pp", "dp", "cp", "tp"),
+        **{axis: layout.groups(axis) for axis in single_axes},
+        "dp_cp": layout.groups("dp", "cp"),
+        "model": layout.groups("pp", "tp"),
+        "kv": layout.subgroups("tp", kv_replicas),
+    }
+
+
+def _make_handles(partitions: dict[str, tuple[Ranks, ...]]) -> dict[Ranks, tuple[ProcessGroup, Iterator[int]]]:
+    """One process group, with its counter of tags, for each set of two or more ranks."""
+    handles: dict[Ranks, tuple[ProcessGroup, Iterator[int]]] = {}
+    world = partitions["world"][0]
+    for partition in partitions.values():
+        for ranks in partition:
+            if len(ranks) > 1 and ranks not in handles:
+                handle = distributed.group.WORLD if ranks == world else distributed.new_group(list(ranks))
+                assert handle is not None, "torch.distributed has been started"
+                handles[ranks] = (handle, count())
+    return handles
