@@ -2,7 +2,7 @@
 
 This file says *what can be written* in a run file and nothing else: `load.py` reads it, `families.py` fills
 what a model family implies, `validate.py` checks the whole. Every default is stated here, once.
-A number 0 (or an empty string or list) means "derived": `load.resolve` replaces it by the value it stands for
+A number 0 (or an empty string or list) means "derived": `resolve.py` replaces it by the value it stands for
 before anything else sees the tree, so the rest of the house never meets an unresolved model.
 """
 

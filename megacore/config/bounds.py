@@ -1,0 +1,125 @@
+"""The range of every number that has one: the simplest rules, as a table."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Numbers from ``low`` to ``high``; an open end is not itself allowed."""
+
+    low: float
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = self.low < value if self.low_open else self.low <= value
+        below = value < self.high if self.high_open else value <= self.high
+        return above and below
+
+    def __str__(self) -> str:
+        low = f"more than {self.low:g}" if self.low_open else f"at least {self.low:g}"
+        if self.high == math.inf:
+            return low
+        return f"{low} and {'less than' if self.high_open else 'at most'} {self.high:g}"
+
+
+COUNT = Bound(1)
+NATURAL = Bound(0)
+POSITIVE = Bound(0, low_open=True)
+SHARE = Bound(0, 1)
+DECAY = Bound(0, 1, high_open=True)
+
+BOUNDS: Mapping[str, Bound] = MappingProxyType(
+    {
+        **dict.fromkeys(
+            (
+                "parallel.tp",
+                "parallel.pp",
+                "parallel.cp",
+                "parallel.ep",
+                "parallel.chunks",
+                "train.steps",
+                "train.seq_len",
+                "train.micro_batch_size",
+                "train.global_batch_size",
+                "train.eval_steps",
+                "checkpoint.keep",
+                "log.every",
+                "log.sample_tokens",
+                "model.rope_scaling.factor",
+            ),
+            COUNT,
+        ),
+        **dict.fromkeys(
+            (
+                "model.ffn_hidden_size",
+                "model.num_kv_heads",
+                "model.head_dim",
+                "model.vocab_size",
+                "model.max_positions",
+                "model.sliding_window",
+                "model.init_std",
+                "model.num_experts",
+                "model.top_k",
+                "model.rope_scaling.original_seq_len",
+                "model.rope_scaling.attention_factor",
+                "parallel.dp",
+                "parallel.dp_shard",
+                "parallel.etp",
+                "train.seed",
+                "train.eval_every",
+                "train.z_loss",
+                "optim.lr",
+                "optim.min_lr",
+                "optim.warmup_steps",
+                "optim.decay_steps",
+                "optim.wsd_decay_steps",
+                "optim.weight_decay",
+                "optim.clip_grad",
+                "data.temperature",
+                "checkpoint.save_every",
+                "checkpoint.export_hf_every",
+                "log.sample_every",
+                "log.sample_temperature",
+            ),
+            NATURAL,
+        ),
+        **dict.fromkeys(
+            (
+                "model.norm_eps",
+                "model.rope_theta",
+                "model.rope_scaling.low_freq_factor",
+                "model.rope_scaling.high_freq_factor",
+                "model.rope_scaling.beta_fast",
+                "model.rope_scaling.beta_slow",
+                "optim.eps",
+            ),
+            POSITIVE,
+        ),
+        **dict.fromkeys(("data.fim_rate", "data.fim_spm_rate"), SHARE),
+        **dict.fromkeys(
+            (
+                "model.dropout",
+                "model.attention_dropout",
+                "optim.beta1",
+                "optim.beta2",
+                "optim.momentum",
+                "train.label_smoothing",
+            ),
+            DECAY,
+        ),
+        "parallel.zero": Bound(0, 3),
+    }
+)
+
+
+def out_of_bounds(flat: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong) for every number of ``flat`` (key -> value) outside its range."""
+    for key, bound in BOUNDS.items():
+        if flat[key] not in bound:
+            yield key, f"{key}={flat[key]} is out of range; it must be {bound}"

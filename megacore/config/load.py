@@ -1,0 +1,154 @@
+"""From a preset, a file and overrides to one `RunConfig`.
+
+Later sources win: family < preset < file < overrides. Every problem of every source is collected and raised
+at once.
+"""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from megacore.config.errors import ConfigError, did_you_mean
+from megacore.config.families import FAMILIES
+from megacore.config.parse import Typed, Unfit, coerce, literal, show
+from megacore.config.presets import preset_path
+from megacore.config.schema import ModelConfig, RunConfig
+from megacore.config.validate import choice_problem, validate
+
+
+def load(path: str | None, overrides: Sequence[str] = (), preset: str | None = None) -> RunConfig:
+    """The run that ``preset``, the TOML file ``path`` and ``section.key=value`` overrides describe together.
+
+    Derived values are still 0 (see `resolve.resolve`) and rules are not checked yet (see `validate.check`).
+    Raises ConfigError with everything that cannot be read.
+    """
+    problems: list[str] = []
+    tree: dict[str, Any] = {}
+    if preset:
+        _merge(tree, _read(preset_path(preset), problems))
+    if path:
+        _merge(tree, _read(Path(path), problems))
+    for override in overrides:
+        _override(tree, override, problems)
+    config, broken = _build(RunConfig, tree, "", problems)
+    if problems:
+        # Rules are checked on what could be read, so that the user sees everything in one go.
+        raise ConfigError(problems + validate(config, None, broken))
+    return config
+
+
+def _read(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        problems.append(f"there is no run file {path}; `megacore presets` lists what --preset takes instead")
+    except OSError as error:
+        problems.append(f"the run file {path} cannot be read: {error.strerror}")
+    except UnicodeDecodeError:
+        problems.append(f"the run file {path} is not UTF-8 text; a run file is written in TOML")
+    except tomllib.TOMLDecodeError as error:
+        problems.append(f"the run file {path} is not TOML: {error}")
+    return {}
+
+
+def _merge(tree: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Lay ``more`` over ``tree``, key by key."""
+    for name, value in more.items():
+        if isinstance(value, Mapping) and isinstance(tree.get(name), dict):
+            _merge(tree[name], value)
+        else:
+            tree[name] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
+    """Lay ``section.key=value`` over ``tree``."""
+    key, equals, text = override.partition("=")
+    names = [name.strip() for name in key.split(".")]
+    if not equals or not all(names):
+        problems.append(f"the argument {override!r} is not an override; write section.key=value")
+        return
+    value = literal(text)
+    leaf: Any = value if isinstance(value, dict) else Typed(text.strip())
+    for name in reversed(names):
+        leaf = {name: leaf}
+    _merge(tree, leaf)
+
+
+def _build(cls: Any, tree: Mapping[str, Any], prefix: str, problems: list[str]) -> tuple[Any, set[str]]:
+    """The section ``cls`` from ``tree``, and the keys that could not be read (they keep their defaults)."""
+    known = {field.name: field for field in fields(cls)}
+    kinds = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    broken: set[str] = set()
+    if cls is ModelConfig:
+        values |= FAMILIES.get(_family(tree), {})
+    for name, value in tree.items():
+        key = prefix + name
+        if name not in known:
+            problems.append(f"{key} is not a key of a run; {_suggest(key)}")
+        elif is_dataclass(kinds[name]):
+            if isinstance(value, Mapping):
+                values[name], inner = _build(kinds[name], value, f"{key}.", problems)
+                broken |= inner
+            else:
+                problems.append(f"{key}={show(value)} is a section; write {key}.KEY=value")
+        else:
+            problem = _set(values, known[name], kinds[name], key, value)
+            if problem:
+                problems.append(problem)
+                broken.add(key)
+    return cls(**values), broken
+
+
+def _set(values: dict[str, Any], field: Field[Any], kind: Any, key: str, value: Any) -> str:
+    """Read one key into ``values``; what is wrong with it, else nothing."""
+    if isinstance(value, Mapping):
+        return f"{key} is a key, not a section; write {key}=value"
+    try:
+        read = coerce(value, kind)
+    except Unfit as error:
+        return f"{key}={show(value)} {error} ({field.metadata['help']})"
+    problem = choice_problem(key, field, read)
+    if not problem:
+        values[field.name] = read
+    return problem
+
+
+def _family(tree: Mapping[str, Any]) -> str:
+    """The family that a model section names; a broken name is reported where the key itself is read."""
+    try:
+        return coerce(tree.get("family", ModelConfig.family), str)
+    except Unfit:
+        return ModelConfig.family
+
+
+def all_keys(cls: Any = RunConfig, prefix: str = "") -> dict[str, Field[Any]]:
+    """``{"model.num_layers": field, ...}``: every key that a run file may hold."""
+    keys: dict[str, Field[Any]] = {}
+    kinds = get_type_hints(cls)
+    for field in fields(cls):
+        if is_dataclass(kinds[field.name]):
+            keys |= all_keys(kinds[field.name], f"{prefix}{field.name}.")
+        else:
+            keys[prefix + field.name] = field
+    return keys
+
+
+def _suggest(key: str) -> str:
+    """A near key: one of the same name elsewhere, else one that is spelled alike, its own section first."""
+    section, _, name = key.rpartition(".")
+    keys = list(all_keys())
+    namesakes = [other for other in keys if other.rpartition(".")[2] == name]
+    if namesakes:
+        return f"did you mean {' or '.join(namesakes)}?"
+    siblings = [other for other in keys if other.rpartition(".")[0] == section]
+    sections = [field.name for field in fields(RunConfig)]
+    near = did_you_mean(key, siblings) if siblings else ""
+    if near.startswith("did"):
+        return near
+    anywhere = did_you_mean(key, [*keys, *sections])
+    if anywhere.startswith("did"):
+        return anywhere
+    return near or f"the sections are {', '.join(sections)}"

@@ -1,0 +1,50 @@
+"""Derived values: what a 0 in a run file stands for."""
+
+import math
+from dataclasses import replace
+
+from megacore.config.schema import ModelConfig, ParallelConfig, RunConfig
+
+GATED = frozenset({"swiglu", "geglu"})
+
+
+def resolve(config: RunConfig, world_size: int) -> RunConfig:
+    """The run with every derived value filled in, for ``world_size`` ranks.
+
+    The run must be legal (see `validate.check`). ``model.vocab_size`` stays 0 where it comes from the tokenizer.
+    """
+    optim = config.optim
+    decay_steps = optim.decay_steps or config.train.steps
+    return replace(
+        config,
+        model=resolve_model(config.model, config.train.seq_len),
+        parallel=resolve_parallel(config.parallel, world_size),
+        optim=replace(
+            optim, decay_steps=decay_steps, wsd_decay_steps=optim.wsd_decay_steps or max(1, decay_steps // 10)
+        ),
+    )
+
+
+def resolve_model(model: ModelConfig, seq_len: int) -> ModelConfig:
+    """The model with the widths that follow from others."""
+    gated_width = math.ceil(8 * model.hidden_size / (3 * 64)) * 64
+    width = gated_width if model.activation in GATED else 4 * model.hidden_size
+    scaling = model.rope_scaling
+    if scaling.type == "yarn" and not scaling.attention_factor:
+        # YaRN (Peng et al. 2023), equation 22
+        scaling = replace(scaling, attention_factor=0.1 * math.log(scaling.factor) + 1.0)
+    return replace(
+        model,
+        ffn_hidden_size=model.ffn_hidden_size or width,
+        num_kv_heads=model.num_kv_heads or model.num_heads,
+        head_dim=model.head_dim or model.hidden_size // model.num_heads,
+        max_positions=model.max_positions or seq_len,
+        rope_scaling=scaling,
+    )
+
+
+def resolve_parallel(parallel: ParallelConfig, world_size: int) -> ParallelConfig:
+    """The layout with the sizes that the number of ranks implies."""
+    dp = parallel.dp or world_size // (parallel.tp * parallel.pp * parallel.cp)
+    etp = parallel.etp or (parallel.tp if parallel.ep == 1 else 1)
+    return replace(parallel, dp=dp, dp_shard=parallel.dp_shard or dp, etp=etp)

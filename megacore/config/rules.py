@@ -1,0 +1,219 @@
+"""The rules between keys: one function per subject, each a generator of lines that say what, value, rule and fix.
+
+A rule reads only the keys named beside it in ``RULES``, and is run only when all of those are in range.
+``world_size`` is None where the number of ranks does not matter yet.
+"""
+
+from collections.abc import Callable, Iterator
+
+from megacore.config.resolve import resolve_model
+from megacore.config.schema import ModelConfig, RunConfig
+
+Rule = Callable[[RunConfig, int | None], Iterator[str]]
+
+
+def _world(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    """The sizes of the axes against the number of ranks."""
+    p = config.parallel
+    if world_size is None:
+        return
+    model_ranks = p.tp * p.pp * p.cp
+    if world_size % model_ranks:
+        more = (world_size // model_ranks + 1) * model_ranks
+        fewer = more - model_ranks
+        yield (
+            f"parallel.tp*pp*cp={p.tp}*{p.pp}*{p.cp}={model_ranks} does not divide the {world_size} ranks; "
+            f"start {f'{fewer} or {more}' if fewer else more} ranks"
+        )
+    elif p.dp and p.dp * model_ranks != world_size:
+        yield (
+            f"parallel.dp={p.dp} needs tp*pp*cp*dp={p.dp * model_ranks} ranks, but there are {world_size}; "
+            f"leave dp out to derive {world_size // model_ranks}, or start {p.dp * model_ranks} ranks"
+        )
+
+
+def _model(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    """The shape of the model, by itself and against the layout."""
+    given = config.model
+    if not given.head_dim and given.hidden_size % given.num_heads:
+        yield (
+            f"model.num_heads={given.num_heads} does not divide model.hidden_size={given.hidden_size}; "
+            f"use {_divisors(given.hidden_size, given.num_heads)}, or give model.head_dim"
+        )
+        return
+    m = resolve_model(given, config.train.seq_len)
+    if m.num_heads % m.num_kv_heads:
+        yield (
+            f"model.num_kv_heads={m.num_kv_heads} does not divide model.num_heads={m.num_heads}; "
+            f"use {_divisors(m.num_heads, m.num_kv_heads)}"
+        )
+    if m.position == "rope" and m.head_dim % 2:
+        yield (
+            f"model.head_dim={m.head_dim} is odd, but model.position=rope turns pairs of dims; "
+            f"use {m.head_dim - 1 or 2} or {m.head_dim + 1}"
+        )
+    if m.position == "learned" and m.max_positions < config.train.seq_len:
+        yield (
+            f"train.seq_len={config.train.seq_len} exceeds model.max_positions={m.max_positions}; "
+            f"use at most {m.max_positions}, or a larger table"
+        )
+    if m.top_k > m.num_experts:
+        yield f"model.top_k={m.top_k} exceeds model.num_experts={m.num_experts}; use at most {m.num_experts}"
+    yield from _rope_scaling(m)
+    yield from _tensor_parallel(m, config)
+
+
+def _rope_scaling(m: ModelConfig) -> Iterator[str]:
+    scaling = m.rope_scaling
+    if scaling.type == "none":
+        return
+    if m.position != "rope":
+        yield f"model.rope_scaling.type={scaling.type} needs model.position=rope, not {m.position}; leave it out"
+    if scaling.type in ("yarn", "llama3") and not scaling.original_seq_len:
+        yield (
+            f"model.rope_scaling.original_seq_len is missing, which type={scaling.type} needs; "
+            "give the length that the model was first trained at"
+        )
+    if scaling.type == "llama3" and scaling.low_freq_factor >= scaling.high_freq_factor:
+        yield (
+            f"model.rope_scaling.low_freq_factor={scaling.low_freq_factor} is not below "
+            f"high_freq_factor={scaling.high_freq_factor}; Llama 3.1 has 1 and 4"
+        )
+    if scaling.type == "yarn" and scaling.beta_slow >= scaling.beta_fast:
+        yield (
+            f"model.rope_scaling.beta_slow={scaling.beta_slow} is not below beta_fast={scaling.beta_fast}; "
+            "the paper has 1 and 32"
+        )
+
+
+def _tensor_parallel(m: ModelConfig, config: RunConfig) -> Iterator[str]:
+    tp = config.parallel.tp
+    for name in ("num_heads", "ffn_hidden_size"):
+        size = getattr(m, name)
+        if size % tp:
+            yield f"parallel.tp={tp} does not divide model.{name}={size}; use {_divisors(size, tp)}"
+    if m.num_kv_heads % tp and tp % m.num_kv_heads:
+        legal = [n for n in range(1, m.num_heads + 1) if not (m.num_kv_heads % n and n % m.num_kv_heads)]
+        yield (
+            f"parallel.tp={tp} neither divides model.num_kv_heads={m.num_kv_heads} nor is a multiple of it; "
+            f"use {_nearest([n for n in legal if m.num_heads % n == 0], tp)}"
+        )
+    if m.vocab_size and m.vocab_size < tp:
+        yield f"parallel.tp={tp} exceeds model.vocab_size={m.vocab_size}; use at most {m.vocab_size}"
+    if config.parallel.sequence_parallel and config.train.seq_len % tp:
+        yield (
+            f"parallel.tp={tp} does not divide train.seq_len={config.train.seq_len}, which "
+            f"parallel.sequence_parallel splits; use train.seq_len={_multiples(tp, config.train.seq_len)}"
+        )
+
+
+def _layout(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    p, num_layers = config.parallel, config.model.num_layers
+    if sorted(p.order.split("-")) != ["cp", "dp", "pp", "tp"] or not p.order.startswith("pp"):
+        yield f"parallel.order={p.order} must begin with pp and name dp, cp and tp once each, as in pp-dp-cp-tp"
+    num_stages = p.pp * p.chunks
+    if num_stages > num_layers:
+        yield (
+            f"parallel.pp*chunks={p.pp}*{p.chunks}={num_stages} exceeds model.num_layers={num_layers}; "
+            f"use at most {num_layers} stages"
+        )
+    elif p.stage_layers and (len(p.stage_layers) != num_stages or sum(p.stage_layers) != num_layers):
+        yield (
+            f"parallel.stage_layers={list(p.stage_layers)} must be {num_stages} counts that sum to "
+            f"model.num_layers={num_layers}; leave it out for a balanced split"
+        )
+    if p.regather_inputs and not p.sequence_parallel:
+        yield "parallel.regather_inputs=true needs parallel.sequence_parallel=true; set it, or leave both out"
+
+
+def _batch(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    """The global batch against what all ranks compute at once, at every size that a ramp passes."""
+    p, t = config.parallel, config.train
+    dp = p.dp or (world_size or 0) // (p.tp * p.pp * p.cp)
+    unit = t.micro_batch_size * (dp or 1)
+    at_once = f"train.micro_batch_size*dp={t.micro_batch_size}*{dp or 1}={unit}"
+    if t.global_batch_size % unit:
+        yield (
+            f"train.global_batch_size={t.global_batch_size} is not a multiple of {at_once}; "
+            f"use {_multiples(unit, t.global_batch_size)}"
+        )
+    if not t.batch_ramp:
+        return
+    ramp = f"train.batch_ramp={list(t.batch_ramp)}"
+    if len(t.batch_ramp) != 3 or min(t.batch_ramp) < 1:
+        yield f"{ramp} must be three positive numbers [start, increment, samples], such as [32, 32, 10000]"
+        return
+    start, increment, _ = t.batch_ramp
+    for name, size in (("start", start), ("increment", increment)):
+        if size % unit:
+            yield f"{ramp} has a {name} of {size}, not a multiple of {at_once}; use {_multiples(unit, size)}"
+    if start > t.global_batch_size or (t.global_batch_size - start) % increment:
+        yield (
+            f"{ramp} does not lead to train.global_batch_size={t.global_batch_size} in whole increments; "
+            f"the size must be {start} + n*{increment}"
+        )
+
+
+def _optim(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    o, steps = config.optim, config.train.steps
+    if o.warmup_steps > (o.decay_steps or steps):
+        limit = f"optim.decay_steps={o.decay_steps}" if o.decay_steps else f"train.steps={steps}"
+        yield f"optim.warmup_steps={o.warmup_steps} exceeds {limit}; use at most {o.decay_steps or steps}"
+    elif o.lr_schedule == "wsd" and o.warmup_steps + o.wsd_decay_steps > (o.decay_steps or steps):
+        yield (
+            f"optim.wsd_decay_steps={o.wsd_decay_steps} and warmup_steps={o.warmup_steps} do not fit into "
+            f"{o.decay_steps or steps} steps; use at most {(o.decay_steps or steps) - o.warmup_steps}"
+        )
+    if o.min_lr > o.lr:
+        yield f"optim.min_lr={o.min_lr} exceeds optim.lr={o.lr}; use at most {o.lr}"
+    if o.momentum and o.name != "sgd":
+        yield f"optim.momentum={o.momentum} is sgd's; {o.name} has optim.beta1"
+
+
+def _data(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    d = config.data
+    if len(d.split) != 3 or min(d.split) < 0 or d.split[0] <= 0:
+        yield (
+            f"data.split={list(d.split)} must be three shares, of train, validation and test documents, of which the "
+            "first is more than 0, such as [969, 30, 1]"
+        )
+    for key, blend in (("data.blend", d.blend), ("data.eval_blend", d.eval_blend)):
+        if blend and (min(weight for weight, _ in blend) < 0 or not any(weight for weight, _ in blend)):
+            weights = [weight for weight, _ in blend]
+            yield f"{key} has the weights {weights}; they must be at least 0, and one of them more"
+        if not all(prefix for _, prefix in blend):
+            yield f"{key} has an empty prefix; give the path that PREFIX.bin and PREFIX.idx have in common"
+    if config.train.eval_every and not d.eval_blend and len(d.split) == 3 and not d.split[1]:
+        yield (
+            f"train.eval_every={config.train.eval_every} needs validation data, but data.split={list(d.split)} leaves "
+            "none; give data.eval_blend or a second share above 0"
+        )
+    if d.fim_rate and len(d.fim_tokens) != 3:
+        yield f"data.fim_tokens={list(d.fim_tokens)} must name the prefix, middle and suffix tokens"
+
+
+def _divisors(number: int, near: int) -> str:
+    return _nearest([n for n in range(1, number + 1) if number % n == 0], near)
+
+
+def _nearest(legal: list[int], near: int) -> str:
+    """The legal values on both sides of ``near``."""
+    below = [n for n in legal if n < near][-1:]
+    above = [n for n in legal if n > near][:1]
+    return " or ".join(map(str, below + above))
+
+
+def _multiples(unit: int, near: int) -> str:
+    below = near // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)
+
+
+# Each rule with the keys that it reads: a section's name stands for all of its keys.
+RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
+    (_world, ("parallel",)),
+    (_model, ("model", "parallel", "train.seq_len")),
+    (_layout, ("parallel", "model.num_layers")),
+    (_batch, ("parallel", "train")),
+    (_optim, ("optim", "train.steps")),
+    (_data, ("data", "train.eval_every")),
+)

@@ -1,0 +1,65 @@
+"""Every rule that a run must keep. All are checked, and all that fail are told at once."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import Field, fields, is_dataclass
+from typing import Any
+
+from megacore.config.bounds import out_of_bounds
+from megacore.config.errors import ConfigError, did_you_mean
+from megacore.config.rules import RULES
+from megacore.config.schema import ModelConfig, RunConfig
+from megacore.config.supported import unsupported
+from megacore.config.write import flatten
+
+
+def check(config: RunConfig, world_size: int) -> None:
+    """Raise ConfigError with everything that keeps ``config`` from training on ``world_size`` ranks."""
+    problems = [*validate(config, world_size), *unsupported(config)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def validate(config: RunConfig, world_size: int | None, unread: Collection[str] = ()) -> list[str]:
+    """What breaks a rule, one line each; with ``world_size`` None, what it would break on any number of ranks.
+
+    A line says the key, its value, the rule and the fix. Resolved and unresolved runs are taken alike. What is
+    legal but not built yet is `supported.unsupported`'s. ``unread`` are keys known to be wrong already: nothing
+    is said about them, nor by a rule that reads them.
+    """
+    single = {**dict(out_of_bounds(flatten(config))), **dict(_choices(config)), **dict(_required(config.model))}
+    wrong = {*unread, *single}
+    problems = [line for key, line in single.items() if key not in unread]
+    for rule, reads in RULES:
+        if not any(key == name or key.startswith(f"{name}.") for key in wrong for name in reads):
+            problems += rule(config, world_size)
+    return problems
+
+
+def choice_problem(key: str, field: Field[Any], value: Any) -> str:
+    """What is wrong with ``value`` where the field has choices, else nothing."""
+    choices = field.metadata["choices"]
+    if not choices or value in choices:
+        return ""
+    listed = ", ".join(choices)
+    hint = did_you_mean(value, choices).removeprefix(f"known are {listed}")
+    return f"{key}={value} is not one of {listed}" + (f"; {hint}" if hint else "")
+
+
+def _required(model: ModelConfig) -> Iterator[tuple[str, str]]:
+    for field in fields(model):
+        value = getattr(model, field.name)
+        if field.metadata.get("required") and value < 1:
+            key, what = f"model.{field.name}", field.metadata["help"]
+            if value == 0:
+                yield key, f"{key} is missing ({what}); give a number above 0"
+            else:
+                yield key, f"{key}={value} is out of range ({what}); it must be at least 1"
+
+
+def _choices(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for field in fields(section):
+        value, key = getattr(section, field.name), prefix + field.name
+        if is_dataclass(value):
+            yield from _choices(value, f"{key}.")
+        elif problem := choice_problem(key, field, value):
+            yield key, problem
