@@ -5,13 +5,13 @@ from difflib import get_close_matches
 
 
 class ConfigError(ValueError):
-    """Everything that is wrong with a run, at once: one line per problem in ``problems``."""
+    """Everything that is wrong with the user's input, at once: one line per problem in ``problems``."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
         count = len(self.problems)
-        title = "the run cannot be used:" if count == 1 else f"the run cannot be used, {count} problems:"
-        super().__init__("\n".join([title, *(f"  {problem}" for problem in self.problems)]))
+        lines = self.problems if count == 1 else (f"{count} problems:", *(f"  {line}" for line in self.problems))
+        super().__init__("\n".join(lines))
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:
