@@ -30,8 +30,11 @@ def load(path: str | None, overrides: Sequence[str] = (), preset: str | None = N
         _merge(tree, _read(preset_path(preset), problems))
     if path:
         _merge(tree, _read(Path(path), problems))
+    unreadable = bool(problems)
     for override in overrides:
         _override(tree, override, problems)
+    if unreadable:  # rules would only complain of all that the file holds
+        raise ConfigError(problems)
     config, broken = _build(RunConfig, tree, "", problems)
     if problems:
         # Rules are checked on what could be read, so that the user sees everything in one go.
