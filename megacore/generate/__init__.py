@@ -1,0 +1,1 @@
+"""Text from a model that is in memory, whatever its layout."""

@@ -1,0 +1,69 @@
+"""Continues token sequences with a stage that holds the whole model (split over tp or not).
+
+Every rank computes the same tokens: logits are gathered whole, and chance comes from a counter, so nothing needs to be
+agreed on. The prefix is computed anew for each token (there is no cache yet): meant for looking in on a training run.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megacore.kernels import counter
+from megacore.layout.partition import balanced
+from megacore.mesh.collectives import all_gather
+from megacore.model.inputs import Inputs
+from megacore.model.stage import Stage
+
+STEP = 32
+"""Sequences are padded to a multiple of it, which every tp divides that the layers allow in practice."""
+
+
+@torch.no_grad()
+def continue_tokens(
+    stage: Stage,
+    prompt: Sequence[int],
+    num_tokens: int,
+    context: int,
+    temperature: float = 0.8,
+    stop: int | None = None,
+    seed: int = 0,
+) -> list[int]:
+    """The tokens that follow ``prompt``, at most ``num_tokens``; ends behind token ``stop``.
+
+    ``context`` is the longest sequence the model takes: older tokens fall off. ``temperature`` 0 takes the likeliest token.
+    Raises ValueError for an empty prompt.
+    """
+    if not prompt:
+        raise ValueError("generation needs at least one token to begin with; give a prompt")
+    tokens = list(prompt)
+    key = counter.key_of("sample", seed, *prompt)
+    for place in range(num_tokens):
+        logits = next_logits(stage, tokens[-context:])
+        tokens.append(choose(logits, temperature, key, place))
+        if tokens[-1] == stop:
+            break
+    return tokens[len(prompt) :]
+
+
+def next_logits(stage: Stage, tokens: Sequence[int]) -> Tensor:
+    """Logits [V] of the token behind ``tokens``, in float64, equal on all ranks."""
+    device = stage.device
+    tp = stage.tp.group
+    multiple = max(STEP, tp.size)
+    length = -(-len(tokens) // multiple) * multiple
+    token_bs = torch.zeros((1, length), dtype=torch.long, device=device)  # causality hides the padding
+    token_bs[0, : len(tokens)] = torch.tensor(tokens, device=device)
+    inputs = Inputs(token_bs, token_bs, torch.zeros(1, dtype=torch.long, device=device), training=False)
+    local_tv = stage.logits(stage.hidden(inputs))
+    sizes = [balanced(stage.vocab.size, tp.size, rank)[1] for rank in range(tp.size)]
+    return all_gather(local_tv[len(tokens) - 1].contiguous(), tp, sizes=sizes).to(torch.float64)
+
+
+def choose(logits: Tensor, temperature: float, key: int, place: int) -> int:
+    """A token drawn from softmax(logits / temperature) by inverting its distribution at a counter's uniform."""
+    if temperature == 0:
+        return int(logits.argmax())
+    cumulative = (logits / temperature).softmax(-1).cumsum(-1)
+    chance = counter.uniform(key, torch.tensor([place], device=logits.device)) * cumulative[-1]
+    return int(torch.searchsorted(cumulative, chance, right=True).clamp(max=logits.numel() - 1))

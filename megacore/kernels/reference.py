@@ -1,0 +1,68 @@
+"""Every fused operation in plain PyTorch: the meaning that all other backends are tested against.
+
+Shapes: x [..., h]; q [b, n, s, d], k and v [b, m, s, d] where m divides n (grouped queries).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim (Zhang and Sennrich 2019)."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dim (Ba et al. 2016)."""
+    centred = x - x.mean(-1, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight + bias
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each head. x [b, s, n, d]; cos, sin [1 or b, s, 1, d/2]. Pairs are (i, i + d/2), as in Llama's HF layout."""
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up of x [..., 2f] = [gate, up] -> [..., f] (Shazeer 2020)."""
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def geglu(x: Tensor) -> Tensor:
+    """gelu(gate) * up of x [..., 2f] = [gate, up] -> [..., f], tanh form."""
+    gate, up = x.chunk(2, -1)
+    return gelu(gate) * up
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in the tanh form of GPT-2 (Hendrycks and Gimpel 2016)."""
+    return F.gelu(x, approximate="tanh")
+
+
+def relu2(x: Tensor) -> Tensor:
+    """relu(x)^2 (So et al. 2021)."""
+    return F.relu(x).square()
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, keep: Tensor | None = None
+) -> Tensor:
+    """softmax(scale q k^T + mask) v -> [b, n, s, d].
+
+    ``mask`` broadcasts to [b, n, s, s]: boolean (True: visible) or added to the scores. ``keep`` [b, n, s, s] multiplies the
+    probabilities (dropout: 0 or 1 / (1 - p)).
+    """
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = q @ k.transpose(-2, -1) * scale
+    if causal:
+        scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(), -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    probabilities = scores.softmax(-1)
+    if keep is not None:
+        probabilities = probabilities * keep
+    return probabilities @ v

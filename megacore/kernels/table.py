@@ -1,0 +1,99 @@
+"""Which implementation of each fused operation a run uses: chosen once, with the reason for each rejection.
+
+The table lists, per operation, its backends in order of preference. ``resolve`` takes the first that accepts the
+device and dtype, or the one the user names. Modules receive the result and call it; they never choose.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megacore.kernels import fused, reference
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of an operation. ``refuses`` gives the reason why it cannot serve, or ''."""
+
+    operation: str
+    backend: str
+    function: Function
+    refuses: Callable[[torch.device, torch.dtype], str] = lambda device, dtype: ""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The chosen implementations; signatures are those of ``reference``."""
+
+    rms_norm: Function
+    layer_norm: Function
+    rope: Function
+    swiglu: Function
+    geglu: Function
+    gelu: Function
+    relu2: Function
+    attention: Function
+    attention_dropout: Function
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for an operation, and why not the others."""
+
+    operation: str
+    backend: str
+    rejected: tuple[str, ...]
+
+
+TABLE: tuple[Kernel, ...] = (
+    Kernel("rms_norm", "torch", fused.rms_norm),
+    Kernel("rms_norm", "reference", reference.rms_norm),
+    Kernel("layer_norm", "torch", fused.layer_norm),
+    Kernel("layer_norm", "reference", reference.layer_norm),
+    Kernel("rope", "fused", fused.rope),
+    Kernel("rope", "reference", reference.rope),
+    Kernel("swiglu", "fused", fused.swiglu),
+    Kernel("swiglu", "reference", reference.swiglu),
+    Kernel("geglu", "reference", reference.geglu),
+    Kernel("gelu", "reference", reference.gelu),
+    Kernel("relu2", "reference", reference.relu2),
+    Kernel("attention", "sdpa", fused.attention),
+    Kernel("attention", "reference", reference.attention),
+    Kernel("attention_dropout", "reference", reference.attention),
+)
+
+
+def resolve(
+    device: torch.device, dtype: torch.dtype, wanted: Mapping[str, str] | None = None
+) -> tuple[Kernels, tuple[Choice, ...]]:
+    """The kernels of a run and the story of their choice.
+
+    ``wanted`` maps operation to backend. Raises ValueError for an operation or backend that is not in the table, or
+    that refuses this device and dtype.
+    """
+    wanted = dict(wanted or {})
+    operations = tuple(dict.fromkeys(kernel.operation for kernel in TABLE))
+    if unknown := set(wanted).difference(operations):
+        raise ValueError(f"kernels: {sorted(unknown)} are not operations; there are {list(operations)}")
+    chosen: dict[str, Function] = {}
+    choices = []
+    for operation in operations:
+        candidates = [kernel for kernel in TABLE if kernel.operation == operation]
+        if operation in wanted:
+            candidates = [kernel for kernel in candidates if kernel.backend == wanted[operation]]
+        rejected = []
+        for kernel in candidates:
+            if reason := kernel.refuses(device, dtype):
+                rejected.append(f"{kernel.backend}: {reason}")
+                continue
+            chosen[operation] = kernel.function
+            choices.append(Choice(operation, kernel.backend, tuple(rejected)))
+            break
+        else:
+            why = "; ".join(rejected) or f"no backend {wanted.get(operation)!r}"
+            raise ValueError(f"kernels: no {operation} for {dtype} on {device}: {why}")
+    return Kernels(**chosen), tuple(choices)

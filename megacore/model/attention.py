@@ -1,0 +1,63 @@
+"""Causal self-attention with grouped query heads (Vaswani et al. 2017; Ainslie et al. 2023)."""
+
+import torch
+from torch import Tensor, nn
+
+from megacore.config.schema import ModelConfig
+from megacore.kernels import counter
+from megacore.kernels.table import Kernels
+from megacore.model.inputs import Shared
+from megacore.model.norm import RMSNorm
+from megacore.parallel.dropout import keep_mask
+from megacore.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megacore.parallel.parameters import ParameterMaker
+from megacore.parallel.tensor import TensorParallel
+
+
+class Attention(nn.Module):
+    """x [t, h] -> [t, h]: project, norm and rotate heads, attend, project back."""
+
+    def __init__(self, model: ModelConfig, make: ParameterMaker, tp: TensorParallel, kernels: Kernels, seed: int) -> None:
+        super().__init__()
+        self.d = model.head_dim
+        self.n = model.num_heads // tp.group.size
+        self.m = max(1, model.num_kv_heads // tp.group.size)
+        self.first_head, self.num_heads = tp.group.rank * self.n, model.num_heads
+        self.scale = self.d**-0.5
+        self.qkv = ColumnParallelLinear(make.below("qkv"), tp)
+        if model.qk_norm:
+            self.q_norm = RMSNorm(make.below("q_norm"), model.norm_eps, kernels.rms_norm)
+            self.k_norm = RMSNorm(make.below("k_norm"), model.norm_eps, kernels.rms_norm)
+        self.out = RowParallelLinear(make.below("out"), tp)
+        self.qk_norm = model.qk_norm
+        self.rope = kernels.rope
+        self.attend = kernels.attention
+        self.attend_dropping = kernels.attention_dropout
+        self.dropout = model.attention_dropout
+        self.key = counter.key_of("dropout", seed, make.prefix)
+
+    def forward(self, x_th: Tensor, shared: Shared) -> Tensor:
+        b, s = shared.shape
+        n, m, d = self.n, self.m, self.d
+        qk_bsnd, v_bsmd = self.qkv(x_th).view(b, s, n + 2 * m, d).split((n + m, m), 2)
+        if self.qk_norm:
+            q_bsnd, k_bsmd = qk_bsnd.split((n, m), 2)
+            qk_bsnd = torch.cat((self.q_norm(q_bsnd), self.k_norm(k_bsmd)), 2)
+        if shared.cos is not None:
+            qk_bsnd = self.rope(qk_bsnd, shared.cos, shared.sin)
+        q_bsnd, k_bsmd = qk_bsnd.split((n, m), 2)
+        q, k, v = (heads.transpose(1, 2) for heads in (q_bsnd, k_bsmd, v_bsmd))
+        if shared.training and self.dropout:
+            keep = self.keep(shared, b, s)
+            y_bnsd = self.attend_dropping(q, k, v, shared.mask, shared.causal, self.scale, keep)
+        else:
+            y_bnsd = self.attend(q, k, v, shared.mask, shared.causal, self.scale)
+        return self.out(y_bnsd.transpose(1, 2).reshape(b * s, n * d))
+
+    def keep(self, shared: Shared, b: int, s: int) -> Tensor:
+        """The dropout mask of the probabilities [b, n, s, s], keyed by (sample, query, head, key)."""
+        row_bs = shared.token_t.view(b, s)
+        head_n = torch.arange(self.first_head, self.first_head + self.n, device=row_bs.device)
+        index = row_bs[:, None, :] * self.num_heads + head_n[:, None]
+        index = index[..., None] * s + torch.arange(s, device=row_bs.device)
+        return keep_mask(self.key, index, self.dropout, shared.dtype)

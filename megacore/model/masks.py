@@ -1,0 +1,27 @@
+"""Which tokens see which: causality, sliding windows, documents, and ALiBi's distances."""
+
+import torch
+from torch import Tensor
+
+
+def attention_mask(
+    length: int, window: int, document_bs: Tensor | None, slope_n: Tensor | None, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor | None, bool]:
+    """(mask, causal) for ``kernels.reference.attention``; (None, True) where plain causality is all there is.
+
+    mask: bool [1 or b, 1, s, s], or with ALiBi slopes [n] floats [1 or b, n, s, s] to be added to the scores.
+    """
+    if not (0 < window < length) and document_bs is None and slope_n is None:
+        return None, True
+    place = torch.arange(length, device=device)
+    distance_ss = place[:, None] - place  # query minus key
+    visible = distance_ss >= 0
+    if window:
+        visible &= distance_ss < window
+    visible = visible[None, None]
+    if document_bs is not None:
+        visible = visible & (document_bs[:, None, :, None] == document_bs[:, None, None, :])
+    if slope_n is None:
+        return visible, False
+    bias = -slope_n.to(device)[:, None, None] * distance_ss
+    return torch.where(visible, bias, -torch.inf).to(dtype), False

@@ -1,0 +1,145 @@
+"""A run of layers that one pipeline rank computes; the first one begins with the embedding, the last one ends in the loss."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megacore.config.schema import ModelConfig
+from megacore.kernels import counter
+from megacore.kernels.table import Kernels
+from megacore.model.block import Block
+from megacore.model.inputs import Inputs, Shared
+from megacore.model.masks import attention_mask
+from megacore.model.norm import make_norm
+from megacore.model.positions import alibi_slopes, rope_angles
+from megacore.parallel.cross_entropy import Vocabulary, vocab_parallel_cross_entropy
+from megacore.parallel.dropout import dropout
+from megacore.parallel.embedding import PositionEmbedding, VocabParallelEmbedding
+from megacore.parallel.linear import ColumnParallelLinear, column_parallel
+from megacore.parallel.parameters import ParameterMaker
+from megacore.parallel.tensor import TensorParallel
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised besides the cross-entropy itself."""
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+class Loss(NamedTuple):
+    """Sums over a microbatch's targets. ``objective`` is what is differentiated, ``cross_entropy`` what is reported."""
+
+    objective: Tensor
+    cross_entropy: Tensor
+    num_targets: Tensor
+
+
+class Embedding(nn.Module):
+    """Tokens (and learned positions) to x [t, h]."""
+
+    def __init__(self, model: ModelConfig, make: ParameterMaker, vocab: Vocabulary, tp: TensorParallel, seed: int) -> None:
+        super().__init__()
+        self.tokens = VocabParallelEmbedding(make.below("tokens"), vocab.piece, tp)
+        self.positions = PositionEmbedding(make.below("positions")) if model.position == "learned" else None
+        self.dropout, self.key = model.dropout, counter.key_of("dropout", seed, "embedding")
+        self.tp = tp
+
+    def forward(self, inputs: Inputs, shared: Shared) -> Tensor:
+        x_th = self.tokens(inputs.token_bs.reshape(-1))
+        if self.positions is not None:
+            start, size = self.tp.shard_of_tokens(inputs.token_bs.numel())
+            place_t = positions_of(inputs).expand(inputs.shape).reshape(-1)
+            x_th = x_th + self.positions(place_t[start : start + size])
+        if shared.training and self.dropout:
+            x_th = dropout(x_th, shared.row_t, self.dropout, self.key)
+        return x_th
+
+
+class Stage(nn.Module):
+    """Layers ``layers`` of the model, with the embedding if ``first`` and the head if ``last``.
+
+    Parameters keep their global names. Input and output are x [t, h] (a run of the tokens under sequence parallelism).
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        make: ParameterMaker,
+        tp: TensorParallel,
+        kernels: Kernels,
+        objective: Objective,
+        layers: range,
+        first: bool = True,
+        last: bool = True,
+    ) -> None:
+        super().__init__()
+        self.model, self.tp, self.objective, self.first, self.last = model, tp, objective, first, last
+        vocab_split = make.specs["embedding.tokens.weight"].pieces(tp.group.rank, tp.group.size)
+        self.vocab = Vocabulary(model.vocab_size, vocab_split[0] if vocab_split else None, tp.group)
+        self.dtype, self.device = make.dtype, make.device
+        if first:
+            self.embedding = Embedding(model, make.below("embedding"), self.vocab, tp, make.seed)
+        self.layers = nn.ModuleDict(
+            {str(i): Block(model, make.below(f"layers.{i}"), tp, kernels, make.seed) for i in layers}
+        )
+        if last:
+            self.final_norm = make_norm(model, make.below("final_norm"), kernels)
+            self.head = None if model.tie_embeddings else ColumnParallelLinear(make.below("head"), tp)
+
+    def forward(self, inputs: Inputs, x_th: Tensor | None = None) -> Tensor | Loss:
+        """x [t, h] for the next stage, or the loss on the last one. ``x_th`` is the previous stage's output (None on the first)."""
+        x_th = self.hidden(inputs, x_th)
+        return self.loss(inputs, x_th) if self.last else x_th
+
+    def hidden(self, inputs: Inputs, x_th: Tensor | None = None) -> Tensor:
+        """The residual stream behind the stage's last block."""
+        shared = self.shared(inputs)
+        if self.first:
+            x_th = self.embedding(inputs, shared)
+        for block in self.layers.values():
+            x_th = block(x_th, shared)
+        assert x_th is not None
+        return x_th
+
+    def logits(self, x_th: Tensor) -> Tensor:
+        """This rank's part of the vocabulary, [t, v] (all tokens, also under sequence parallelism)."""
+        x_th = self.final_norm(x_th)
+        if self.head is not None:
+            return self.head(x_th)
+        return column_parallel(x_th, self.embedding.tokens.weight, self.tp)
+
+    def loss(self, inputs: Inputs, x_th: Tensor) -> Loss:
+        """The microbatch's loss sums."""
+        loss_t, z_t = vocab_parallel_cross_entropy(
+            self.logits(x_th), inputs.label_bs.reshape(-1), self.vocab, self.objective.label_smoothing
+        )
+        cross_entropy = loss_t.sum()
+        total = cross_entropy + self.objective.z_loss * z_t.sum() if self.objective.z_loss else cross_entropy
+        return Loss(total, cross_entropy.detach(), inputs.num_targets)
+
+    def shared(self, inputs: Inputs) -> Shared:
+        """What the blocks share of this microbatch."""
+        m, (_, s), device = self.model, inputs.shape, inputs.token_bs.device
+        cos = sin = slope_n = None
+        if m.position == "rope":
+            cos, sin = rope_angles(m, positions_of(inputs), self.dtype)
+        if m.position == "alibi":
+            num_local = m.num_heads // self.tp.group.size
+            slope_n = alibi_slopes(m.num_heads)[self.tp.group.rank * num_local :][:num_local]
+        mask, causal = attention_mask(s, m.sliding_window, inputs.document_bs, slope_n, device, self.dtype)
+        token_t = inputs.token_numbers()
+        start, size = self.tp.shard_of_tokens(token_t.numel())
+        return Shared(
+            inputs.shape, cos, sin, mask, causal, token_t, token_t[start : start + size], inputs.training, self.dtype
+        )
+
+
+def positions_of(inputs: Inputs) -> Tensor:
+    """Positions [b, s], or [1, s] where every sample counts from 0."""
+    if inputs.position_bs is not None:
+        return inputs.position_bs
+    return torch.arange(inputs.shape[1], device=inputs.token_bs.device)[None]

@@ -1,0 +1,1 @@
+"""Optimizers, the global norm and learning-rate schedules."""

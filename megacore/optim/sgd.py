@@ -1,0 +1,34 @@
+"""Gradient descent with heavy-ball momentum (Polyak 1964) and decoupled weight decay."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megacore.config.schema import OptimConfig
+from megacore.optim.groups import decay_groups
+from megacore.sharding.flat import FlatParameters
+from megacore.spec import ParamSpec
+
+
+class SGD:
+    """velocity = momentum * velocity + gradient; weights = (1 - lr * decay) * weights - lr * velocity."""
+
+    def __init__(self, flat: FlatParameters, specs: Mapping[str, ParamSpec], optim: OptimConfig) -> None:
+        self.optim, self.flat = optim, flat
+        self.velocity = torch.zeros_like(flat.params.data) if optim.momentum else None
+        groups = decay_groups(flat, specs, optim.weight_decay)
+        self.decayed = [(group.weight_decay, group.of(flat.params)) for group in groups if group.weight_decay]
+
+    @torch.no_grad()
+    def step(self, lr: float, skip: Tensor) -> None:
+        """As ``Optimizer.step``."""
+        taken = skip == 0
+        # where() and not a product: an infinite gradient times 0 would be nan
+        change = torch.where(taken, self.flat.grads.data, 0.0)
+        if self.velocity is not None:
+            self.velocity.mul_(torch.where(taken, self.optim.momentum, 1.0)).add_(change)
+            change = torch.where(taken, self.velocity, 0.0)
+        for weight_decay, params in self.decayed:
+            torch._foreach_mul_(params, torch.where(taken, 1 - lr * weight_decay, 1.0).to(change.dtype))
+        self.flat.params.data.sub_(change, alpha=lr)

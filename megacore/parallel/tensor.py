@@ -1,0 +1,34 @@
+"""What a tensor-parallel layer needs to know of its surroundings."""
+
+from dataclasses import dataclass
+
+from megacore.mesh.group import Group
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """The group, and how activations outside the matrices lie over it.
+
+    With ``sequence`` each rank holds a run of the microbatch's tokens there, not all of them; with ``regather`` a
+    column-parallel layer keeps only its shard of the input for backward and gathers it once more.
+    """
+
+    group: Group
+    sequence: bool = False
+    regather: bool = False
+
+    @classmethod
+    def single(cls) -> "TensorParallel":
+        """One process: nothing is split."""
+        return cls(Group.single("tp"))
+
+    def __post_init__(self) -> None:
+        if self.group.size == 1 and self.sequence:  # one shard of the sequence is the whole
+            object.__setattr__(self, "sequence", False)
+
+    def shard_of_tokens(self, num_tokens: int) -> tuple[int, int]:
+        """(first token, number of tokens) that this rank holds outside the matrices, of a microbatch's ``num_tokens``."""
+        if not self.sequence:
+            return 0, num_tokens
+        size = num_tokens // self.group.size
+        return self.group.rank * size, size

@@ -1,0 +1,1 @@
+"""Flat buffers: where parameters and gradients are stored, and how gradients are summed over ranks."""

@@ -1,0 +1,48 @@
+"""One contiguous buffer for a stage's parameters and one for its gradients; the module's tensors are views of them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megacore.layout.buffer import BufferLayout
+
+
+@dataclass(frozen=True)
+class FlatBuffer:
+    """Storage laid out by ``layout``; gaps between slots are zero and stay so."""
+
+    layout: BufferLayout
+    data: Tensor
+
+    @classmethod
+    def zeros(cls, layout: BufferLayout, dtype: torch.dtype, device: torch.device) -> "FlatBuffer":
+        return cls(layout, torch.zeros(layout.size, dtype=dtype, device=device))
+
+    def views(self) -> dict[str, Tensor]:
+        """Every parameter's part in its own shape, by global name."""
+        return {slot.name: self.data[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in self.layout.slots}
+
+
+@dataclass(frozen=True)
+class FlatParameters:
+    """A stage's parameters and their gradients."""
+
+    params: FlatBuffer
+    grads: FlatBuffer
+
+    @classmethod
+    @torch.no_grad()
+    def adopt(cls, module: nn.Module) -> "FlatParameters":
+        """Move a module's parameters into flat buffers and give each one its gradient's view, where backward adds to it."""
+        named = dict(module.named_parameters())
+        layout = BufferLayout.of((name, param.shape) for name, param in named.items())
+        first = next(iter(named.values()))
+        params = FlatBuffer.zeros(layout, first.dtype, first.device)
+        grads = FlatBuffer.zeros(layout, first.dtype, first.device)
+        param_views, grad_views = params.views(), grads.views()
+        for name, param in named.items():
+            param_views[name].copy_(param)
+            param.data = param_views[name]
+            param.grad = grad_views[name]
+        return cls(params, grads)

@@ -1,0 +1,93 @@
+"""Builds a run from its description: the only place that knows every room."""
+
+from dataclasses import dataclass
+
+import torch
+
+from megacore.config.schema import RunConfig
+from megacore.config.write import config_hash
+from megacore.kernels.table import Choice, resolve
+from megacore.layout import Layout
+from megacore.mesh import process_group
+from megacore.mesh.group import CommLog
+from megacore.mesh.mesh import ParallelMesh
+from megacore.mesh.rank_info import RankInfo
+from megacore.model.stage import Objective, Stage
+from megacore.monitor.console import Phases
+from megacore.optim.adamw import AdamW
+from megacore.optim.groups import Optimizer
+from megacore.optim.norm import GlobalNorm
+from megacore.optim.sgd import SGD
+from megacore.parallel.parameters import ParameterMaker
+from megacore.parallel.tensor import TensorParallel
+from megacore.sharding.flat import FlatParameters
+from megacore.sharding.reduce import GradientReducer
+from megacore.spec import ModelSpec, ParamSpec
+from megacore.train.step import Trainer
+
+DTYPES = (("fp64", torch.float64), ("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16))
+
+
+@dataclass(frozen=True)
+class Built:
+    """One rank's part of a run, ready to step."""
+
+    config: RunConfig
+    spec: ModelSpec
+    mesh: ParallelMesh
+    stage: Stage
+    flat: FlatParameters
+    trainer: Trainer
+    kernels: tuple[Choice, ...]
+
+
+def join(config: RunConfig, info: RankInfo) -> torch.device:
+    """Meet the other ranks and return this one's device; every rank must bring the same run."""
+    device = process_group.device_of(info, config.train.device)
+    process_group.start(info, device, config_hash(config))
+    if config.train.deterministic:
+        torch.use_deterministic_algorithms(True)
+    return device
+
+
+def build(
+    config: RunConfig, info: RankInfo, device: torch.device, phases: Phases | None = None, log: CommLog | None = None
+) -> Built:
+    """Everything between the description and the first step.
+
+    ``config`` must be checked and resolved for ``info.world_size`` ranks, with its vocabulary known; the ranks must have
+    joined. ``log`` records every collective.
+    """
+    phases = phases or Phases()
+    with phases.time("mesh"):
+        layout = Layout.of(config.parallel, info.world_size)
+        kv_replicas = max(1, layout.tp // config.model.num_kv_heads)
+        mesh = ParallelMesh.build(layout, info.rank, device, kv_replicas, log)
+    dtype = dict(DTYPES)[config.precision.dtype]
+    kernels, choices = resolve(device, dtype)
+    with phases.time("model"):
+        tp = TensorParallel(mesh.tp, config.parallel.sequence_parallel, config.parallel.regather_inputs)
+        spec = ModelSpec.of(config.model, tp.sequence)
+        make = ParameterMaker(spec.by_name, mesh.tp, device, dtype, config.train.seed)
+        objective = Objective(config.train.label_smoothing, config.train.z_loss)
+        stage = Stage(config.model, make, tp, kernels, objective, range(config.model.num_layers))
+    with phases.time("buffers"):
+        flat = FlatParameters.adopt(stage)
+        trainer = Trainer(
+            stage,
+            flat,
+            mesh,
+            GradientReducer(flat.grads, spec.by_name, mesh),
+            GlobalNorm(flat.grads, spec.params, mesh),
+            make_optimizer(config, flat, spec.by_name),
+            config.parallel.schedule,
+            config.optim.clip_grad,
+        )
+    return Built(config, spec, mesh, stage, flat, trainer, choices)
+
+
+def make_optimizer(config: RunConfig, flat: FlatParameters, specs: dict[str, ParamSpec]) -> Optimizer:
+    """The optimizer that ``optim.name`` names."""
+    if config.optim.name == "adamw":
+        return AdamW(flat, specs, config.optim)
+    return SGD(flat, specs, config.optim)

@@ -1,0 +1,107 @@
+"""A run from its first step to its last: the loop that everything else serves."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megacore.config.schema import RunConfig
+from megacore.generate.sample import continue_tokens
+from megacore.mesh import process_group
+from megacore.mesh.rank_info import RankInfo
+from megacore.monitor.console import Phases
+from megacore.optim.learning_rate import learning_rate
+from megacore.train.build import Built, build, join
+from megacore.train.data import RunData, open_data
+from megacore.train.reporter import Reporter
+from megacore.train.step import StepResult
+
+
+def train(info: RankInfo, config: RunConfig, colour: bool = False, width: int = 100) -> int:
+    """Train ``config`` (checked and resolved) as rank ``info``; returns the exit code. Rank 0 speaks for all."""
+    phases = Phases()
+    with phases.time("join"):
+        device = join(config, info)
+    try:
+        built = build(config, info, device, phases)
+        with phases.time("data"):
+            data = open_data(config, built.mesh)
+        reporter = Reporter.open(config, built.mesh, colour, width)
+        try:
+            reporter.start(built, data, phases)
+            Loop(built, data, reporter).run()
+        finally:
+            reporter.close()
+    finally:
+        process_group.stop()
+    return 0
+
+
+@dataclass
+class Late:
+    """A step whose figures still lie on the device: they are read while the next step runs."""
+
+    step: int
+    result: StepResult
+    lr: float
+    seconds: float
+    tokens: int
+    val_loss: Tensor | None = None
+
+
+class Loop:
+    """Walks the steps of a built run."""
+
+    def __init__(self, built: Built, data: RunData, reporter: Reporter) -> None:
+        self.built, self.data, self.reporter, self.config = built, data, reporter, built.config
+        self.late: Late | None = None
+
+    def run(self) -> None:
+        """All steps; each step's figures are read and written one step later, so the device never waits for the host."""
+        c = self.config
+        started = time.perf_counter()
+        for step in range(1, c.train.steps + 1):
+            batch = self.data.plan.batch(step)
+            microbatches = self.data.feed.step(step)
+            lr = learning_rate(c.optim, c.train.steps, step)
+            result = self.built.trainer.step(microbatches, batch.size * c.train.seq_len, lr)
+            self.flush()
+            now = time.perf_counter()
+            self.late = Late(step, result, lr, now - started, batch.size * c.train.seq_len)
+            if c.train.eval_every and (step % c.train.eval_every == 0 or step == c.train.steps):
+                self.late.val_loss = self.evaluate()
+            if c.log.sample_every and (step % c.log.sample_every == 0 or step == c.train.steps):
+                self.flush()
+                self.sample(step)
+            started = time.perf_counter()
+        self.flush()
+        self.reporter.finish()
+
+    def flush(self) -> None:
+        """Read and report the figures of the step before."""
+        if self.late is not None:
+            self.reporter.step(self.late)
+            self.late = None
+
+    def evaluate(self) -> Tensor:
+        """Mean cross-entropy over the evaluation batches, a scalar on the device."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.built.mesh.device)
+        for microbatches in self.data.evaluation():
+            total += self.built.trainer.evaluate(microbatches)
+        return total[0] / total[1]
+
+    def sample(self, step: int) -> None:
+        """Continue each prompt, on all ranks alike."""
+        log, tokenizer = self.config.log, self.data.tokenizer
+        for prompt in log.sample_prompts:
+            tokens = continue_tokens(
+                self.built.stage,
+                tokenizer.encode(prompt),
+                log.sample_tokens,
+                self.config.train.seq_len,
+                log.sample_temperature,
+                tokenizer.eod,
+                seed=step,
+            )
+            self.reporter.sample(step, prompt, tokenizer.decode(tokens))

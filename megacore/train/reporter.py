@@ -1,0 +1,191 @@
+"""What a run says and writes down: rank 0 speaks, the other ranks' reporter is silent."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from megacore import __version__
+from megacore.config.schema import RunConfig
+from megacore.config.write import config_hash, to_toml
+from megacore.cost.hardware import model_flops_utilization
+from megacore.mesh.collectives import agree
+from megacore.mesh.mesh import ParallelMesh
+from megacore.monitor.console import Console, Phases, human_count, human_time, phase_lines
+from megacore.monitor.memory import peak_memory_gb
+from megacore.monitor.metrics import EventsWriter, MetricsWriter, StepMetrics, format_line
+from megacore.monitor.run_folder import CONFIG, LOG, archive_previous_run
+from megacore.monitor.trackers import Tracker, open_trackers
+from megacore.spec.flops import train_flops_per_token
+
+if TYPE_CHECKING:
+    from megacore.train.build import Built
+    from megacore.train.data import RunData
+    from megacore.train.loop import Late
+
+
+@dataclass
+class Files:
+    """What rank 0 writes to."""
+
+    console: Console
+    metrics: MetricsWriter
+    events: EventsWriter
+    trackers: Sequence[Tracker]
+
+
+class Reporter:
+    """Figures, events and texts of one run. ``files`` is None on ranks that are silent."""
+
+    def __init__(self, config: RunConfig, mesh: ParallelMesh, files: Files | None) -> None:
+        self.config, self.mesh, self.files = config, mesh, files
+        self.tokens = self.tokens_since = 0
+        self.seconds_since = self.seconds = 0.0
+        self.steps_since = 0
+        self.began = time.perf_counter()
+
+    @classmethod
+    def open(cls, config: RunConfig, mesh: ParallelMesh, colour: bool, width: int) -> Reporter:
+        """Make the run's folder and files on rank 0; what goes wrong there is raised on every rank."""
+        files, error = None, None
+        if mesh.rank == 0:
+            try:
+                files = open_files(config, colour, width)
+            except (OSError, ValueError) as reason:
+                error = reason
+        agree(error, mesh.world)
+        return cls(config, mesh, files)
+
+    def start(self, built: Built, data: RunData, phases: Phases) -> None:
+        """Say what is about to run, and how long it took to get here."""
+        self.flops_per_token = train_flops_per_token(built.spec, self.config.train.seq_len)
+        if self.files is None:
+            return
+        c, layout, console = self.config, self.mesh.layout, self.files.console
+        for line in overview(built, data):
+            console.line(line)
+        for line in phase_lines(phases, console.paint):
+            console.line(line)
+        console.line()
+        self.files.events.write(
+            "start",
+            config_hash=config_hash(c),
+            layout=layout.describe(),
+            world_size=layout.world,
+            parameters=built.spec.num_params,
+            startup_s={name: round(seconds, 3) for name, seconds in phases.seconds.items()},
+            versions={"megacore": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        )
+
+    def step(self, late: Late) -> None:
+        """Report a step if it is due. Reading its figures waits for the device."""
+        self.tokens += late.tokens
+        self.tokens_since += late.tokens
+        self.seconds_since += late.seconds
+        self.seconds += late.seconds
+        self.steps_since += 1
+        c = self.config
+        due = late.step % c.log.every == 0 or late.step in (1, c.train.steps) or late.val_loss is not None
+        if self.files is None or not due:
+            return
+        metrics = self.figures(late)
+        self.tokens_since, self.seconds_since, self.steps_since = 0, 0.0, 0
+        self.files.metrics.write(metrics)
+        for tracker in self.files.trackers:
+            tracker.log(metrics)
+        left = (c.train.steps - late.step) * self.seconds / late.step
+        self.files.console.line(format_line(metrics, c.train.steps, left, self.files.console.paint))
+        if metrics.skipped:
+            self.files.events.write("skip", step=late.step, reason="the gradient norm is not finite")
+
+    def figures(self, late: Late) -> StepMetrics:
+        """The record of a step; rates are averages since the last record."""
+        c, device = self.config, self.mesh.device
+        rate = self.tokens_since / self.seconds_since
+        tflops = rate * self.flops_per_token / self.mesh.layout.world / 1e12
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        return StepMetrics(
+            step=late.step,
+            loss=late.result.loss.item(),
+            grad_norm=late.result.grad_norm.item(),
+            lr=late.lr,
+            tokens=self.tokens,
+            tokens_per_s=rate,
+            step_time_s=self.seconds_since / self.steps_since,
+            tflops_per_device=tflops,
+            mfu=model_flops_utilization(tflops, name, c.precision.dtype),
+            memory_gb=peak_memory_gb(peak),
+            skipped=bool(late.result.skipped.item()),
+            val_loss=None if late.val_loss is None else late.val_loss.item(),
+        )
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Show a text that the model wrote."""
+        if self.files is None:
+            return
+        paint = self.files.console.paint
+        first, *rest = (prompt + text).splitlines() or [""]
+        shown = paint(prompt, "bold") + first[len(prompt) :] if first.startswith(prompt) else first
+        for line in (f"{paint('sample', 'cyan')} {shown}", *("       " + line for line in rest)):
+            self.files.console.line(line)
+        self.files.events.write("sample", step=step, prompt=prompt, text=text)
+        for tracker in self.files.trackers:
+            tracker.text("samples", prompt + text, step)
+
+    def finish(self) -> None:
+        """The closing line."""
+        if self.files is None:
+            return
+        seconds = time.perf_counter() - self.began
+        text = f"done: {human_count(self.tokens)} tokens in {human_time(seconds)}; everything is in {self.config.out}"
+        self.files.console.line(text)
+        self.files.events.write("finish", tokens=self.tokens, seconds=seconds)
+
+    def close(self) -> None:
+        """Let go of all files."""
+        if self.files is None:
+            return
+        self.files.console.close()
+        self.files.metrics.close()
+        self.files.events.close()
+        for tracker in self.files.trackers:
+            tracker.close()
+
+
+def open_files(config: RunConfig, colour: bool, width: int) -> Files:
+    """Make the run's folder; an earlier run in it is put aside."""
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    moved = archive_previous_run(out)
+    console = Console(sys.stdout, out / LOG, colour, width)
+    if moved is not None:
+        console.line(f"an earlier run was in {out}: it now lies in {moved}")
+    (out / CONFIG).write_text(to_toml(config), encoding="utf-8")
+    trackers = open_trackers(out, config.log.tensorboard, config.log.wandb)
+    return Files(console, MetricsWriter(out), EventsWriter(out), trackers)
+
+
+def overview(built: Built, data: RunData) -> list[str]:
+    """What is about to run, in a few lines."""
+    c, m, t = built.config, built.config.model, built.config.train
+    layout = built.mesh.layout
+    ranks = "1 process" if layout.world == 1 else f"{layout.world} processes"
+    sequence = ", sequence parallel" if c.parallel.sequence_parallel and layout.tp > 1 else ""
+    chosen = ", ".join(f"{choice.operation} {choice.backend}" for choice in built.kernels)
+    return [
+        f"model    {m.family}, {human_count(built.spec.num_params)} parameters: {m.num_layers} layers, "
+        f"hidden {m.hidden_size}, {m.num_heads} heads ({m.num_kv_heads} kv), vocabulary {m.vocab_size}",
+        f"layout   {layout.describe()}{sequence}: {ranks} on {built.mesh.device.type}, {c.precision.dtype}",
+        f"batch    {t.global_batch_size} x {t.seq_len} tokens, microbatches of {t.micro_batch_size}; {t.steps} steps",
+        f"data     {data.summary}",
+        f"kernels  {chosen}",
+        "",
+    ]
