@@ -26,8 +26,9 @@ import numpy as np
 
 from megacore.data.indexed import IndexedDataset, IndexedWriter, bin_path, idx_path, token_dtype
 from megacore.data.meta import DataMeta
-from megacore.data.text.blocks import ReadOptions, read_blocks
+from megacore.data.text.blocks import read_blocks
 from megacore.data.text.encode import Batch, BatchEncoder, Tokenised, batches
+from megacore.data.text.options import ReadOptions
 from megacore.data.text.sources import BadInput, Source, find_sources
 from megacore.data.tokenizers import Tokenizer, open_tokenizer
 

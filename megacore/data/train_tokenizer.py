@@ -15,9 +15,10 @@ import numpy as np
 
 from megacore.config.schema import DataConfig
 from megacore.data.files import write_atomic
-from megacore.data.text.blocks import Block, ReadOptions, read_blocks
+from megacore.data.text.blocks import Block, read_blocks
 from megacore.data.text.cutting import cut_text
 from megacore.data.text.documents import documents
+from megacore.data.text.options import ReadOptions
 from megacore.data.text.sources import BadInput, find_sources
 from megacore.data.tokenizers import Tokenizer, open_tokenizer
 from megacore.data.tokenizers.base import require

@@ -9,27 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megacore.data.text.cutting import cut_place
+from megacore.data.text.options import ReadOptions
 from megacore.data.text.sources import BadInput, Source, SourceFile, open_source
 from megacore.data.tokenizers.base import require
 
 BLOCK_BYTES = 1 << 19
-DOCUMENTS = ("file", "line", "paragraph")
-ERRORS = ("strict", "replace", "skip")
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """How files become documents."""
-
-    format: str = "auto"  # auto: by file name; or text, jsonl, parquet
-    json_key: str = "text"  # the field (JSON) or column (Parquet) that holds the text
-    documents: str = "file"  # plain text: a document is a whole file, a line, or a paragraph (between blank lines)
-    errors: str = "strict"  # a broken document: stop; replace its bad bytes by U+FFFD; leave it out
-
-    def __post_init__(self) -> None:
-        for name, value, choices in (("documents", self.documents, DOCUMENTS), ("errors", self.errors, ERRORS)):
-            if value not in choices:
-                raise ValueError(f"--{name} {value} is not known; choose {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
@@ -99,7 +83,8 @@ def _without_bom(data: bytes, name: str) -> bytes:
 
 def _cut_blocks(file: SourceFile, first: bytes, kind: str, separators: tuple[bytes, ...]) -> Iterator[Block]:
     """Blocks that end behind a separator; longer than usual where none comes."""
-    line, offset, parts, data = 1, 0, [], first
+    parts: list[bytes] = []
+    line, offset, data = 1, 0, first
     while data:
         # A separator may lie across two reads: look from a few bytes before this one.
         overlap = parts[-1][-2:] if parts else b""
@@ -107,8 +92,8 @@ def _cut_blocks(file: SourceFile, first: bytes, kind: str, separators: tuple[byt
         if end > 0:
             content = b"".join([*parts, data[:end]])
             yield Block(file.source.name, kind, content, line, offset, file.consumed())
-            line, offset, parts = line + content.count(b"\n"), offset + len(content), []
-            data = data[end:]
+            line, offset = line + content.count(b"\n"), offset + len(content)
+            parts, data = [], data[end:]
         if data:
             parts.append(data)
         data = file.read(BLOCK_BYTES)

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megacore.data.text.blocks import Block, ReadOptions
+from megacore.data.text.blocks import Block
+from megacore.data.text.options import ReadOptions
 from megacore.data.text.sources import BadInput
 
 _BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megacore.data.indexed import token_dtype
-from megacore.data.text.blocks import BLOCK_BYTES, Block, ReadOptions
+from megacore.data.text.blocks import BLOCK_BYTES, Block
 from megacore.data.text.cutting import cut_text
 from megacore.data.text.documents import documents
+from megacore.data.text.options import ReadOptions
 from megacore.data.text.sources import BadInput
 from megacore.data.tokenizers import Tokenizer, open_tokenizer
 
@@ -107,7 +108,9 @@ class BatchEncoder:
 
     def _encode(self, texts: list[str], starts: bool) -> tuple[NDArray[np.generic], NDArray[np.int64]]:
         """Tokens of texts, long ones in parts; `starts` is False if the first goes on from an earlier batch."""
-        parts, first_parts, is_continuation = [], [], []
+        parts: list[str] = []
+        first_parts: list[int] = []
+        is_continuation: list[bool] = []
         for text in texts:
             first_parts.append(len(parts))
             pieces = cut_text(text, PART_BYTES)

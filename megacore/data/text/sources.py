@@ -9,14 +9,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 from megacore.data.tokenizers.base import require
 
 STDIN = "-"
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
-FORMATS = ("auto", "text", "jsonl", "parquet")
-FORMAT_OF_SUFFIX = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+FORMAT_OF_SUFFIX = MappingProxyType({".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"})
 
 
 class BadInput(ValueError):

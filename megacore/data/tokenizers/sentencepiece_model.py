@@ -1,4 +1,4 @@
-"""Tokenizers in SentencePiece's `.model` files: those that `megacore data tokenizer` trains, Llama 2's, Mistral's, T5's."""
+"""Tokenizers in SentencePiece's `.model` files: `megacore data tokenizer` trains them; Llama 2's and T5's are such."""
 
 from collections.abc import Iterable, Sequence
 from itertools import chain

@@ -21,11 +21,13 @@ class TiktokenTokenizer(Tokenizer):
         except Exception as reason:  # requests' errors without a network, OSError, a wrong hash
             raise ValueError(
                 f"the vocabulary of tiktoken:{name} is not on this machine and could not be downloaded "
-                f"({type(reason).__name__}); run `python -c \"import tiktoken; tiktoken.get_encoding('{name}')\"` where "
-                "there is a network and copy its cache folder here, named by the environment variable TIKTOKEN_CACHE_DIR"
+                f"({type(reason).__name__}); where there is a network, run "
+                f"`TIKTOKEN_CACHE_DIR=tiktoken python -c \"import tiktoken; tiktoken.get_encoding('{name}')\"`, copy "
+                "the folder tiktoken here and name it in TIKTOKEN_CACHE_DIR"
             ) from reason
+        special = self._encoding._special_tokens
         self.vocab_size = self._encoding.n_vocab
-        self.special_tokens = {token: self._encoding._special_tokens[token] for token in sorted(self._encoding.special_tokens_set)}
+        self.special_tokens = {token: special[token] for token in sorted(special)}
         self.eod = self.special_tokens.get("<|endoftext|>")
 
     @property
