@@ -31,8 +31,8 @@ def continue_tokens(
 ) -> list[int]:
     """The tokens that follow ``prompt``, at most ``num_tokens``; ends behind token ``stop``.
 
-    ``context`` is the longest sequence the model takes: older tokens fall off. ``temperature`` 0 takes the likeliest token.
-    Raises ValueError for an empty prompt.
+    ``context`` is the longest sequence the model takes: older tokens fall off. ``temperature`` 0 takes the likeliest
+    token. Raises ValueError for an empty prompt.
     """
     if not prompt:
         raise ValueError("generation needs at least one token to begin with; give a prompt")

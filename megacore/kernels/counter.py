@@ -1,8 +1,8 @@
 """Random numbers that are a function of a key and an index, not of a stream.
 
-Element ``i`` of stream ``key`` is ``splitmix64(key + i)`` (Steele, Lea and Flood 2014), so a rank can draw exactly the elements
-it holds, and every layout draws the same weights and the same dropout masks. All arithmetic is on int64 with
-wrap-around; a uniform is built from whole bits, a normal by Box-Muller from the two halves of one hash.
+Element ``i`` of stream ``key`` is what splitmix64 (Steele, Lea and Flood 2014) gives in its step ``i`` from ``key``,
+so a rank can draw exactly the elements it holds, and every layout draws the same weights and dropout masks. All arithmetic is on int64
+with wrap-around; a uniform is built from whole bits, a normal by Box-Muller from the two halves of one hash.
 """
 
 import hashlib

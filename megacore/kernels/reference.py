@@ -20,7 +20,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each head. x [b, s, n, d]; cos, sin [1 or b, s, 1, d/2]. Pairs are (i, i + d/2), as in Llama's HF layout."""
+    """Rotate each head. x [b, s, n, d]; cos, sin [1 or b, s, 1, d/2].
+
+    Pairs are (i, i + d/2), as in Llama's HF layout.
+    """
     first, second = x.chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
@@ -52,14 +55,16 @@ def attention(
 ) -> Tensor:
     """softmax(scale q k^T + mask) v -> [b, n, s, d].
 
-    ``mask`` broadcasts to [b, n, s, s]: boolean (True: visible) or added to the scores. ``keep`` [b, n, s, s] multiplies the
-    probabilities (dropout: 0 or 1 / (1 - p)).
+    ``mask`` broadcasts to [b, n, s, s]: boolean (True: visible) or added to the scores. ``keep`` [b, n, s, s]
+    multiplies the probabilities (dropout: 0 or 1 / (1 - p)).
     """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = q @ k.transpose(-2, -1) * scale
     if causal:
-        scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(), -torch.inf)
+        scores = scores.masked_fill(
+            ~torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(), -torch.inf
+        )
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     probabilities = scores.softmax(-1)

@@ -31,7 +31,9 @@ class Layout:
 
     def __post_init__(self) -> None:
         if sorted(self.order) != ["cp", "dp", "pp", "tp"] or self.order[0] != "pp":
-            raise ValueError(f"parallel.order={'-'.join(self.order)} must begin with pp and name tp, cp and dp once each")
+            raise ValueError(
+                f"parallel.order={'-'.join(self.order)} must begin with pp and name tp, cp and dp once each"
+            )
         if self.dp % self.dp_shard:
             raise ValueError(f"parallel.dp_shard={self.dp_shard} does not divide dp={self.dp}")
         if (self.dp * self.cp * self.tp) % (self.ep * self.etp):
@@ -51,7 +53,9 @@ class Layout:
             )
         dp = parallel.dp or world // model
         if dp * model != world:
-            raise ValueError(f"parallel.dp={dp} needs {dp * model} ranks, but there are {world}; leave dp out to derive it")
+            raise ValueError(
+                f"parallel.dp={dp} needs {dp * model} ranks, but there are {world}; leave dp out to derive it"
+            )
         return cls(
             tp=parallel.tp,
             cp=parallel.cp,
@@ -137,9 +141,7 @@ class Layout:
         """The axis' groups cut into runs of ``size`` neighbours (ranks that hold copies of one kv head, say)."""
         if getattr(self, axis) % size:
             raise ValueError(f"runs of {size} do not divide {axis}={getattr(self, axis)}")
-        return tuple(
-            group[start : start + size] for group in self.groups(axis) for start in range(0, len(group), size)
-        )
+        return tuple(group[start : start + size] for group in self.groups(axis) for start in range(0, len(group), size))
 
     def describe(self) -> str:
         """A short name such as ``tp2 x pp2 x dp4`` (axes of size 1 are left out)."""
@@ -151,4 +153,3 @@ class Layout:
         for axis, size in reversed(self.radices(expert)):
             rank, digits[axis] = divmod(rank, size)
         return digits
-

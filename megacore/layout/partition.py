@@ -63,7 +63,7 @@ class Split:
 
 
 def balanced(total: int, num: int, index: int) -> tuple[int, int]:
-    """(start, size) of share ``index`` when ``total`` things are dealt to ``num`` in order, the first ones getting more."""
+    """(start, size) of share ``index`` of ``total`` things dealt to ``num`` in order, the first ones getting more."""
     base, extra = divmod(total, num)
     return index * base + min(index, extra), base + (index < extra)
 

@@ -15,8 +15,8 @@ def stages_of_layers(num_layers: int, num_stages: int, stage_layers: Sequence[in
         return tuple(range(start, start + size) for start, size in shares)
     if len(stage_layers) != num_stages or sum(stage_layers) != num_layers:
         raise ValueError(
-            f"parallel.stage_layers={list(stage_layers)} has {len(stage_layers)} stages and {sum(stage_layers)} layers; "
-            f"give {num_stages} counts that sum to {num_layers}"
+            f"parallel.stage_layers={list(stage_layers)} has {len(stage_layers)} stages and "
+            f"{sum(stage_layers)} layers; give {num_stages} counts that sum to {num_layers}"
         )
     ranges, start = [], 0
     for count in stage_layers:

@@ -20,9 +20,16 @@ class AdamW:
         self.first = FlatBuffer.zeros(flat.params.layout, data.dtype, data.device)
         self.second = FlatBuffer.zeros(flat.params.layout, data.dtype, data.device)
         self.clock = torch.zeros((), dtype=torch.float32, device=data.device)
-        buffers = (flat.params, flat.grads, self.first, self.second)
-        groups = decay_groups(flat, specs, optim.weight_decay)
-        self.work = [(group.weight_decay, *(group.of(buffer) for buffer in buffers)) for group in groups]
+        self.work = [
+            (
+                group.weight_decay,
+                group.of(flat.params),
+                group.of(flat.grads),
+                group.of(self.first),
+                group.of(self.second),
+            )
+            for group in decay_groups(flat, specs, optim.weight_decay)
+        ]
 
     @torch.no_grad()
     def step(self, lr: float, skip: Tensor) -> None:

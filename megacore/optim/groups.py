@@ -14,8 +14,11 @@ class Optimizer(Protocol):
     """An update rule over one stage's flat parameters."""
 
     def step(self, lr: float, skip: Tensor) -> None:
-        """Update the weights from the gradients. Where ``skip`` (float32 scalar on the device) is 1, change nothing: the
-        decision stays on the device and the host never waits for it."""
+        """Update the weights from the gradients.
+
+        Where ``skip`` (float32 scalar on the device) is 1, change nothing: the decision stays on the device and the
+        host never waits for it.
+        """
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,10 @@ def keep_mask(key: int, index: Tensor, probability: float, dtype: torch.dtype) -
 
 
 def dropout(x_th: Tensor, row_t: Tensor, probability: float, key: int) -> Tensor:
-    """x [t, h] with elements dropped. ``row_t`` [t] numbers each token within the run (sample ordinal * length + position)."""
+    """x [t, h] with elements dropped.
+
+    ``row_t`` [t] numbers each token within the run (sample ordinal * length + position).
+    """
     num_features = x_th.shape[1]
     index = row_t[:, None] * num_features + torch.arange(num_features, device=x_th.device)
     return x_th * keep_mask(key, index, probability, x_th.dtype)

@@ -73,4 +73,3 @@ def vocab_piece(vocab_pieces: tuple[Piece, ...]) -> Piece | None:
     """The single run of vocabulary rows that a rank holds; None where there are more ranks than rows."""
     assert len(vocab_pieces) <= 1, vocab_pieces
     return vocab_pieces[0] if vocab_pieces else None
-

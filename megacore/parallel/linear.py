@@ -86,7 +86,7 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """y [t, o] (y [t/tp, o] under sequence parallelism) of x [t, i/tp]: the sum over ranks of each one's inputs' part."""
+    """y [t, o] (y [t/tp, o] under sequence parallelism) of x [t, i/tp]: the sum over ranks of their inputs' parts."""
 
     def __init__(self, make: ParameterMaker, tp: TensorParallel) -> None:
         super().__init__()

@@ -27,7 +27,7 @@ class TensorParallel:
             object.__setattr__(self, "sequence", False)
 
     def shard_of_tokens(self, num_tokens: int) -> tuple[int, int]:
-        """(first token, number of tokens) that this rank holds outside the matrices, of a microbatch's ``num_tokens``."""
+        """(first token, number of tokens) that this rank holds outside the matrices, of ``num_tokens``."""
         if not self.sequence:
             return 0, num_tokens
         size = num_tokens // self.group.size

@@ -6,8 +6,8 @@ from torch import Tensor
 def accumulate_linear(weight: Tensor, x_ti: Tensor, grad_to: Tensor) -> Tensor | None:
     """Weight gradient of y = x w^T. x [t, in], grad [t, out] -> w's [out, in].
 
-    Where ``weight.grad`` is there already (a view of the flat gradient buffer), the product is added to it by the GEMM itself
-    and None is returned, so nothing of the weight's size is allocated; otherwise the gradient is returned.
+    Where ``weight.grad`` is there already (a view of the flat gradient buffer), the product is added to it by the GEMM
+    itself and None is returned, so nothing of the weight's size is allocated; otherwise the gradient is returned.
     """
     if weight.grad is None:
         return grad_to.t() @ x_ti

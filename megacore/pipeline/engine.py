@@ -50,7 +50,9 @@ class PipelineEngine:
         }
         self.live: dict[tuple[int, int], Tensor] = {}
 
-    def run(self, instructions: Sequence[Instruction], microbatches: Sequence[Inputs], loss_weight: float = 1.0) -> Sums:
+    def run(
+        self, instructions: Sequence[Instruction], microbatches: Sequence[Inputs], loss_weight: float = 1.0
+    ) -> Sums:
         """One step. ``loss_weight`` multiplies the loss sums before they are differentiated."""
         self.microbatches, self.loss_weight = microbatches, loss_weight
         self.sums = Sums.zeros(self.device)

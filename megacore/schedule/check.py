@@ -4,8 +4,10 @@ from megacore.schedule.instruction import Instruction, Op, Schedule
 
 
 def check(schedule: Schedule) -> Schedule:
-    """Returns the schedule if on every rank each stage forwards each microbatch once, then takes it back once, in ascending
-    order (so that gradients sum alike in every schedule), sums its gradients after the last one, and steps last of all.
+    """Returns the schedule if every rank computes the whole step.
+
+    That is: each stage forwards each microbatch once, then takes it back once, in ascending order (so that gradients
+    sum alike in every schedule), sums its gradients after the last one, and the optimizer steps last of all.
 
     Raises ValueError with rank, position, instruction and reason.
     """

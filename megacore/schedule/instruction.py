@@ -1,7 +1,7 @@
 """What a rank can be told to do, and its text form.
 
-``F0.3`` forwards microbatch 3 through stage 0, ``B0.3`` takes it back, ``R0`` sums stage 0's gradients over the ranks that
-hold copies of it, ``O`` lets the optimizer step.
+``F0.3`` forwards microbatch 3 through stage 0, ``B0.3`` takes it back, ``R0`` sums stage 0's gradients over the ranks
+that hold copies of it, ``O`` lets the optimizer step.
 """
 
 import re

@@ -21,7 +21,9 @@ class FlatBuffer:
 
     def views(self) -> dict[str, Tensor]:
         """Every parameter's part in its own shape, by global name."""
-        return {slot.name: self.data[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in self.layout.slots}
+        return {
+            slot.name: self.data[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in self.layout.slots
+        }
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class FlatParameters:
     @classmethod
     @torch.no_grad()
     def adopt(cls, module: nn.Module) -> "FlatParameters":
-        """Move a module's parameters into flat buffers and give each one its gradient's view, where backward adds to it."""
+        """Move a module's parameters into flat buffers and give each its gradient's view, where backward adds to it."""
         named = dict(module.named_parameters())
         layout = BufferLayout.of((name, param.shape) for name, param in named.items())
         first = next(iter(named.values()))

@@ -1,7 +1,7 @@
 """Sums gradients over the ranks that each computed a part of them.
 
-Three sums, each from the parameter specs: over tp for what only saw a shard of the sequence or of the heads; over the copies of
-a kv head; over the data-parallel ranks for everything. Small tensors travel together in one message.
+Three sums, each from the parameter specs: over tp for what only saw a shard of the sequence or of the heads; over the
+copies of a kv head; over the data-parallel ranks for everything. Small tensors travel together in one message.
 """
 
 from collections.abc import Iterable, Mapping

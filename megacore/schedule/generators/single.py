@@ -7,7 +7,10 @@ END = (Instruction(Op.REDUCE, 0), Instruction(Op.OPTIMIZE))
 
 
 def one_stage(kind: str, num_microbatches: int) -> Schedule:
-    """``1f1b``: each microbatch goes back as soon as it is through, so one lives at a time; ``gpipe``: all go through first."""
+    """``1f1b``: each microbatch goes back as soon as it is through, so one lives at a time.
+
+    ``gpipe``: all go through first.
+    """
     forward = [Instruction(Op.FORWARD, 0, i) for i in range(num_microbatches)]
     backward = [Instruction(Op.BACKWARD, 0, i) for i in range(num_microbatches)]
     if kind == "gpipe":
@@ -21,4 +24,6 @@ def one_stage(kind: str, num_microbatches: int) -> Schedule:
 
 def forward_only(num_microbatches: int) -> Schedule:
     """Evaluation: every microbatch goes through, none comes back."""
-    return Schedule("forward", num_microbatches, (tuple(Instruction(Op.FORWARD, 0, i) for i in range(num_microbatches)),))
+    return Schedule(
+        "forward", num_microbatches, (tuple(Instruction(Op.FORWARD, 0, i) for i in range(num_microbatches)),)
+    )
