@@ -118,6 +118,6 @@ def _add_reading(command: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    from megacore.__main__ import run
+    from megacore.exits import run
 
     sys.exit(run("megacore.tools.data", sys.argv[1:]))

@@ -53,8 +53,8 @@ def run_tokenizer(arguments: argparse.Namespace) -> int:
         _print_json(facts)
         return 0
     print(
-        f"wrote {tokenizer.spec}: {tokenizer.vocab_size:,} tokens, {trained.bytes_per_token:.2f} bytes of this text each, "
-        f"in {human_time(time.monotonic() - started)}"
+        f"wrote {tokenizer.spec}: {tokenizer.vocab_size:,} tokens, {trained.bytes_per_token:.2f} bytes of text per token, "
+        f"{human_time(time.monotonic() - started)}"
     )
     print(f"next: megacore data prepare --input FILE... --tokenizer {tokenizer.spec} --output PREFIX")
     return 0
