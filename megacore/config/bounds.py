@@ -84,6 +84,8 @@ BOUNDS: Mapping[str, Bound] = MappingProxyType(
                 "data.temperature",
                 "checkpoint.save_every",
                 "checkpoint.export_hf_every",
+                "log.console_every",
+                "log.console_every",
                 "log.sample_every",
                 "log.sample_temperature",
             ),

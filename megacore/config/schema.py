@@ -187,7 +187,8 @@ class CheckpointConfig:
 class LogConfig:
     """What is shown and kept."""
 
-    every: int = key(1, "steps between metric lines")
+    every: int = key(1, "steps between lines of metrics.jsonl")
+    console_every: int = key(0, "steps between metric lines on the console; 0: as `every`")
     tensorboard: bool = key(False, "also write TensorBoard events")
     wandb: bool = key(False, "also log to Weights & Biases")
     sample_every: int = key(0, "steps between sampled texts; 0: never")

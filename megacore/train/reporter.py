@@ -92,16 +92,18 @@ class Reporter:
         self.seconds += late.seconds
         self.steps_since += 1
         c = self.config
-        due = late.step % c.log.every == 0 or late.step in (1, c.train.steps) or late.val_loss is not None
-        if self.files is None or not due:
+        always = late.step in (1, c.train.steps) or late.val_loss is not None
+        shown = always or late.step % (c.log.console_every or c.log.every) == 0
+        if self.files is None or not (shown or late.step % c.log.every == 0):
             return
         metrics = self.figures(late)
         self.tokens_since, self.seconds_since, self.steps_since = 0, 0.0, 0
         self.files.metrics.write(metrics)
         for tracker in self.files.trackers:
             tracker.log(metrics)
-        left = (c.train.steps - late.step) * self.seconds / late.step
-        self.files.console.line(format_line(metrics, c.train.steps, left, self.files.console.paint))
+        if shown:
+            left = (c.train.steps - late.step) * self.seconds / late.step
+            self.files.console.line(format_line(metrics, c.train.steps, left, self.files.console.paint))
         if metrics.skipped:
             self.files.events.write("skip", step=late.step, reason="the gradient norm is not finite")
 
