@@ -136,4 +136,6 @@ def smallest_world(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from megacore.exits import run
+
+    sys.exit(run("megacore.tools.config", sys.argv[1:]))

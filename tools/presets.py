@@ -58,4 +58,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from megacore.exits import run
+
+    sys.exit(run("megacore.tools.presets", sys.argv[1:]))

@@ -7,10 +7,11 @@ at once.
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from megacore.config.errors import ConfigError, did_you_mean
+from megacore.config.errors import ConfigError
 from megacore.config.families import FAMILIES
 from megacore.config.parse import Typed, Unfit, coerce, literal, show
 from megacore.config.presets import preset_path
@@ -97,6 +98,7 @@ def _build(cls: Any, tree: Mapping[str, Any], prefix: str, problems: list[str]) 
                 broken |= inner
             else:
                 problems.append(f"{key}={show(value)} is a section; write {key}.KEY=value")
+                broken.add(key)
         else:
             problem = _set(values, known[name], kinds[name], key, value)
             if problem:
@@ -140,18 +142,13 @@ def all_keys(cls: Any = RunConfig, prefix: str = "") -> dict[str, Field[Any]]:
 
 
 def _suggest(key: str) -> str:
-    """A near key: one of the same name elsewhere, else one that is spelled alike, its own section first."""
+    """What may have been meant: a key of the same name elsewhere, one spelled alike, or the names that there are."""
     section, _, name = key.rpartition(".")
-    keys = list(all_keys())
-    namesakes = [other for other in keys if other.rpartition(".")[2] == name]
-    if namesakes:
-        return f"did you mean {' or '.join(namesakes)}?"
-    siblings = [other for other in keys if other.rpartition(".")[0] == section]
-    sections = [field.name for field in fields(RunConfig)]
-    near = did_you_mean(key, siblings) if siblings else ""
-    if near.startswith("did"):
-        return near
-    anywhere = did_you_mean(key, [*keys, *sections])
-    if anywhere.startswith("did"):
-        return anywhere
-    return near or f"the sections are {', '.join(sections)}"
+    keys = {other: other.rpartition(".")[2] for other in all_keys()}
+    siblings = {other: last for other, last in keys.items() if other.rpartition(".")[0] == section}
+    if not section:
+        siblings = {field.name: field.name for field in fields(RunConfig)}
+    for names in (siblings, keys):
+        if near := get_close_matches(name, names.values(), n=1, cutoff=0.6):
+            return f"did you mean {' or '.join(other for other, last in names.items() if last == near[0])}?"
+    return f"known are {', '.join(siblings.values())}"

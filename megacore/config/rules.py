@@ -144,9 +144,9 @@ def _batch(config: RunConfig, world_size: int | None) -> Iterator[str]:
         yield f"{ramp} must be three positive numbers [start, increment, samples], such as [32, 32, 10000]"
         return
     start, increment, _ = t.batch_ramp
-    for name, size in (("start", start), ("increment", increment)):
+    for name, size in (("a start", start), ("an increment", increment)):
         if size % unit:
-            yield f"{ramp} has a {name} of {size}, not a multiple of {at_once}; use {_multiples(unit, size)}"
+            yield f"{ramp} has {name} of {size}, not a multiple of {at_once}; use {_multiples(unit, size)}"
     if start > t.global_batch_size or (t.global_batch_size - start) % increment:
         yield (
             f"{ramp} does not lead to train.global_batch_size={t.global_batch_size} in whole increments; "

@@ -23,14 +23,14 @@ def validate(config: RunConfig, world_size: int | None, unread: Collection[str] 
     """What breaks a rule, one line each; with ``world_size`` None, what it would break on any number of ranks.
 
     A line says the key, its value, the rule and the fix. Resolved and unresolved runs are taken alike. What is
-    legal but not built yet is `supported.unsupported`'s. ``unread`` are keys known to be wrong already: nothing
-    is said about them, nor by a rule that reads them.
+    legal but not built yet is `supported.unsupported`'s. ``unread`` are keys and sections known to be wrong already:
+    nothing is said about them, nor by a rule that reads them.
     """
     single = {**dict(out_of_bounds(flatten(config))), **dict(_choices(config)), **dict(_required(config.model))}
     wrong = {*unread, *single}
-    problems = [line for key, line in single.items() if key not in unread]
+    problems = [line for key, line in single.items() if not _overlap((key,), unread)]
     for rule, reads in RULES:
-        if not any(key == name or key.startswith(f"{name}.") for key in wrong for name in reads):
+        if not _overlap(wrong, reads):
             problems += rule(config, world_size)
     return problems
 
@@ -43,6 +43,11 @@ def choice_problem(key: str, field: Field[Any], value: Any) -> str:
     listed = ", ".join(choices)
     hint = did_you_mean(value, choices).removeprefix(f"known are {listed}")
     return f"{key}={value} is not one of {listed}" + (f"; {hint}" if hint else "")
+
+
+def _overlap(some: Collection[str], others: Collection[str]) -> bool:
+    """Whether a key or section of one lot is, or lies in, one of the other."""
+    return any(f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.") for a in some for b in others)
 
 
 def _required(model: ModelConfig) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,45 @@
+"""From what a command returns or raises to the process' exit code.
+
+0 done; 1 a fault (with a traceback); 2 the user's input is wrong (a message on stderr, no traceback);
+75 stopped on request after saving; 130 interrupted from the keyboard.
+"""
+
+import os
+import sys
+import traceback
+from importlib import import_module
+from types import TracebackType
+
+
+def run(module: str, argv: list[str]) -> int:
+    """Import `module`, run its `main(argv)` and translate exceptions to exit codes."""
+    try:
+        return int(import_module(module).main(argv))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of a pipe (`megacore presets | head`) has gone; Python's own flush at exit must not complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ValueError as error:
+        if not raised_by_us(error.__traceback__):
+            traceback.print_exc()
+            return 1
+        sys.stderr.write(f"megacore: {error}\n")
+        return 2
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def raised_by_us(trace: TracebackType | None) -> bool:
+    """Whether the innermost frame is megacore's own code.
+
+    Our own ValueErrors speak to the user about their input. One out of a library is a fault of ours: its
+    traceback must be seen.
+    """
+    name = ""
+    while trace is not None:
+        name = trace.tb_frame.f_globals.get("__name__", "")
+        trace = trace.tb_next
+    return name.partition(".")[0] in ("megacore", "__main__")

@@ -1,0 +1,67 @@
+"""The presets' shapes against the parameter counts that the models' authors published."""
+
+import pytest
+
+from megacore.config.load import load
+from megacore.config.presets import preset_names, preset_path
+from megacore.config.resolve import resolve
+from megacore.spec import ModelSpec
+
+# Sums over the published checkpoints' tensors; tied matrices count once.
+PUBLISHED = {
+    "gpt2-124m": 124_439_808,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "llama3-405b": 405_853_388_800,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-32b": 32_762_123_264,
+    "mistral-7b": 7_241_732_096,
+}
+
+
+def counted_by_hand(m):
+    """Parameters of a decoder, written down independently of megacore.spec."""
+    h, f, d = m.hidden_size, m.ffn_hidden_size, m.head_dim
+    query, kv = m.num_heads * d, m.num_kv_heads * d
+    norm = h * (2 if m.norm == "layernorm" else 1)
+    attention = h * (query + 2 * kv) + query * h
+    attention += (
+        (query + 2 * kv if m.qkv_bias else 0) + (h if m.attention_out_bias else 0) + (2 * d if m.qk_norm else 0)
+    )
+    gated = m.activation in ("swiglu", "geglu")
+    mlp = h * f * (3 if gated else 2)
+    mlp += (f * (2 if gated else 1) + h) if m.mlp_bias else 0
+    embeddings = m.vocab_size * h * (1 if m.tie_embeddings else 2)
+    embeddings += m.max_positions * h if m.position == "learned" else 0
+    return embeddings + m.num_layers * (attention + mlp + 2 * norm) + norm
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_parameter_counts(name):
+    model = resolve(load(None, preset=name), 1).model
+    count = counted_by_hand(model)
+    assert ModelSpec.of(model).num_params == count
+    assert name == "demo" or count == PUBLISHED[name]
+
+
+def test_every_published_model_is_there():
+    assert set(preset_names()) == {"demo", *PUBLISHED}
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_names_its_source(name):
+    assert preset_path(name).read_text(encoding="utf-8").startswith("# ")
+
+
+def test_details_that_no_count_shows():
+    models = {name: load(None, preset=name).model for name in preset_names()}
+    assert all(models[name].rope_theta == 500_000 for name in models if name.startswith("llama3"))
+    assert all(models[name].rope_theta == 1e6 and models[name].norm_eps == 1e-6 for name in models if "qwen3" in name)
+    assert all(models[name].qk_norm for name in models if "qwen3" in name)
+    assert models["llama3-8b"].rope_scaling.type == models["llama3-70b"].rope_scaling.type == "none"
+    scaling = models["llama3-405b"].rope_scaling
+    assert (scaling.type, scaling.factor, scaling.original_seq_len) == ("llama3", 8.0, 8192)
+    assert (scaling.low_freq_factor, scaling.high_freq_factor) == (1.0, 4.0)
+    assert models["mistral-7b"].sliding_window == 4096
+    assert models["gpt2-124m"].max_positions == 1024

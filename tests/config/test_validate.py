@@ -1,0 +1,200 @@
+"""Rules: each broken rule says what, value, rule and fix; legal runs pass; what is not built is refused by name."""
+
+from dataclasses import replace
+
+import pytest
+
+from megacore.config.bounds import BOUNDS
+from megacore.config.errors import ConfigError
+from megacore.config.load import all_keys, load
+from megacore.config.presets import preset_names
+from megacore.config.resolve import resolve
+from megacore.config.schema import CheckpointConfig
+from megacore.config.supported import WORKS, unsupported
+from megacore.config.validate import check, validate
+from megacore.config.write import flatten
+
+# Broken rules of llama3-8b (32 layers, 32 heads, 8 kv heads, hidden 4096, seq_len 8192), and what is said.
+BROKEN = [
+    (["parallel.tp=3"], 3, "parallel.tp=3 does not divide model.num_heads=32; use 2 or 4"),
+    (["parallel.tp=3"], 3, "parallel.tp=3 neither divides model.num_kv_heads=8 nor is a multiple of it; use 2 or 4"),
+    (["parallel.tp=4", "model.ffn_hidden_size=130"], 4, "does not divide model.ffn_hidden_size=130; use 2 or 5"),
+    (["parallel.tp=2"], 3, "parallel.tp*pp*cp=2*1*1=2 does not divide the 3 ranks; start 2 or 4 ranks"),
+    (["parallel.tp=8"], 4, "start 8 ranks"),
+    (["parallel.dp=4", "train.global_batch_size=4"], 2, "leave dp out to derive 2, or start 4 ranks"),
+    (["parallel.tp=2", "parallel.sequence_parallel=true", "train.seq_len=33"], 2, "use train.seq_len=32 or 34"),
+    (["parallel.regather_inputs=true"], 1, "needs parallel.sequence_parallel=true"),
+    (["parallel.order=tp-pp-cp-dp"], 1, "must begin with pp"),
+    (["parallel.pp=64"], 64, "exceeds model.num_layers=32; use at most 32 stages"),
+    (["parallel.pp=2", "parallel.stage_layers=3,4"], 2, "must be 2 counts that sum to model.num_layers=32"),
+    (["model.num_heads=33"], 1, "does not divide model.hidden_size=4096; use 32 or 64, or give model.head_dim"),
+    (["model.num_kv_heads=5"], 1, "model.num_kv_heads=5 does not divide model.num_heads=32; use 4 or 8"),
+    (["model.head_dim=63"], 1, "model.head_dim=63 is odd"),
+    (["model.position=learned", "model.max_positions=100"], 1, "exceeds model.max_positions=100; use at most 100"),
+    (["model.top_k=2"], 1, "model.top_k=2 exceeds model.num_experts=0"),
+    (["model.rope_scaling.type=yarn"], 1, "original_seq_len is missing, which type=yarn needs"),
+    (["model.rope_scaling.type=linear", "model.position=alibi"], 1, "needs model.position=rope, not alibi"),
+    (
+        ["model.rope_scaling={type='llama3', original_seq_len=8192, low_freq_factor=4.0}"],
+        1,
+        "low_freq_factor=4.0 is not below high_freq_factor=4.0",
+    ),
+    (
+        ["model.rope_scaling={type='yarn', original_seq_len=8192, beta_slow=40}"],
+        1,
+        "beta_slow=40.0 is not below beta_fast=32.0",
+    ),
+    (["model.vocab_size=3", "parallel.tp=4"], 4, "parallel.tp=4 exceeds model.vocab_size=3"),
+    (
+        ["train.global_batch_size=6", "train.micro_batch_size=2"],
+        2,
+        "is not a multiple of train.micro_batch_size*dp=2*2=4",
+    ),
+    (["train.global_batch_size=2", "train.micro_batch_size=2"], 2, "use 4"),
+    (["train.global_batch_size=8", "train.batch_ramp=2,4,10"], 1, "the size must be 2 + n*4"),
+    (["train.global_batch_size=8", "train.batch_ramp=3,1,10"], 2, "has a start of 3, not a multiple of"),
+    (["train.global_batch_size=8", "train.batch_ramp=2,3,10"], 2, "has an increment of 3"),
+    (["train.batch_ramp=1,2"], 1, "must be three positive numbers"),
+    (["optim.warmup_steps=200"], 1, "optim.warmup_steps=200 exceeds train.steps=100; use at most 100"),
+    (["optim.warmup_steps=20", "optim.decay_steps=10"], 1, "exceeds optim.decay_steps=10"),
+    (
+        ["optim.lr_schedule=wsd", "optim.warmup_steps=60", "optim.wsd_decay_steps=60"],
+        1,
+        "do not fit into 100 steps; use at most 40",
+    ),
+    (["optim.min_lr=1"], 1, "optim.min_lr=1.0 exceeds optim.lr=0.0003"),
+    (["optim.momentum=0.9"], 1, "is sgd's"),
+    (["data.split=0,1,1"], 1, "must be three shares"),
+    (["data.blend=[[-1, 'a']]"], 1, "data.blend has the weights [-1.0]"),
+    (["data.blend=[[0, 'a'], [0, 'b']]"], 1, "one of them more"),
+    (["data.blend=[[1, '']]"], 1, "data.blend has an empty prefix"),
+    (["data.split=1,0,0", "train.eval_every=5"], 1, "needs validation data"),
+    (["data.fim_rate=0.5", "data.fim_tokens=a"], 1, "must name the prefix, middle and suffix tokens"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "world_size", "message"), BROKEN)
+def test_a_broken_rule_is_told_with_its_fix(overrides, world_size, message):
+    config = load(None, overrides, "llama3-8b")
+    assert message in "\n".join(validate(config, world_size))
+    with pytest.raises(ConfigError, match="."):
+        check(config, world_size)
+
+
+@pytest.mark.parametrize("key", BOUNDS)
+def test_every_bound_is_checked(key):
+    bound = BOUNDS[key]
+    for value in (bound.low - 1, bound.low if bound.low_open else None, bound.high if bound.high_open else None):
+        if value is not None:
+            lines = validate(load(None, [f"{key}={value}"], "demo"), 1)
+            assert any(line.startswith(f"{key}={value}") and "out of range" in line for line in lines), (value, lines)
+
+
+def test_every_number_has_a_bound_or_is_required():
+    free = {"model.num_layers", "model.hidden_size", "model.num_heads"}
+    numbers = {key for key, value in flatten(load(None, [], "demo")).items() if type(value) in (int, float)}
+    assert numbers - BOUNDS.keys() == free
+
+
+def test_missing_shape_is_told():
+    assert [line.split(" ")[0] for line in validate(load(None), 1)] == [
+        "model.num_layers",
+        "model.hidden_size",
+        "model.num_heads",
+    ]
+
+
+def test_rules_of_all_sections_are_told_at_once():
+    overrides = ["parallel.tp=3", "optim.lr=-1", "data.split=1,2", "train.batch_ramp=1", "precision.dtype=bf16"]
+    with pytest.raises(ConfigError) as raised:
+        check(load(None, overrides, "llama3-8b"), 3)
+    told = str(raised.value)
+    for words in ("parallel.tp=3", "optim.lr=-1.0", "data.split", "train.batch_ramp", "precision.dtype=bf16"):
+        assert words in told
+
+
+LEGAL = [
+    ([], 1),
+    (["parallel.tp=16"], 16),  # twice as many ranks as kv heads
+    (["parallel.tp=2", "parallel.sequence_parallel=true", "model.vocab_size=1003", "model.num_layers=3"], 2),
+    (["parallel.sequence_parallel=true"], 1),  # inactive
+    (["model.hidden_size=100", "model.head_dim=32"], 1),  # heads * head_dim need not be hidden_size
+    (["train.global_batch_size=8", "train.batch_ramp=2,2,10"], 2),
+    (["optim.lr=0", "optim.min_lr=0"], 1),
+    (["optim.warmup_steps=100"], 1),
+    (["precision.dtype=fp64", "optim.name=sgd", "optim.momentum=0.9", "optim.clip_grad=0"], 1),
+]
+
+
+@pytest.mark.parametrize(("overrides", "world_size"), LEGAL)
+def test_legal_runs_pass_resolved_or_not(overrides, world_size):
+    config = load(None, ["train.global_batch_size=4", *overrides], "llama3-8b")
+    check(config, world_size)
+    check(resolve(config, world_size), world_size)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_are_legal(name):
+    config = load(None, [], name)
+    check(config, 1)
+    assert resolve(resolve(config, 1), 1) == resolve(config, 1)
+
+
+def test_derived_values():
+    shape = ["model.num_layers=2", "model.hidden_size=256", "model.num_heads=8", "parallel.tp=2"]
+    run = resolve(load(None, [*shape, "train.seq_len=64", "train.steps=50"]), 8)
+    assert (run.model.ffn_hidden_size, run.model.num_kv_heads, run.model.head_dim) == (704, 8, 32)
+    assert run.model.max_positions == 64
+    assert (run.parallel.dp, run.parallel.dp_shard, run.parallel.etp) == (4, 4, 2)
+    assert (run.optim.decay_steps, run.optim.wsd_decay_steps) == (50, 5)
+    ungated = resolve(load(None, [*shape, "model.activation=gelu"]), 2)
+    assert ungated.model.ffn_hidden_size == 1024
+    yarn = resolve(load(None, [*shape, "model.rope_scaling={type='yarn', factor=4, original_seq_len=64}"]), 2)
+    assert yarn.model.rope_scaling.attention_factor == pytest.approx(1.1386294361)
+
+
+# One value for each key of the table that does not work yet.
+REFUSED = {
+    "model.num_experts": 8,
+    "model.top_k": 2,
+    "parallel.pp": 2,
+    "parallel.cp": 2,
+    "parallel.ep": 2,
+    "parallel.chunks": 2,
+    "parallel.stage_layers": (6,),
+    "parallel.schedule": "zb-h1",
+    "parallel.zero": 1,
+    "parallel.recompute": "full",
+    "precision.dtype": "bf16",
+    "precision.fp8": "delayed",
+    "precision.loss_scale": "dynamic",
+    "precision.grad_reduce_dtype": "bf16",
+    "checkpoint.save_every": 5,
+    "checkpoint.keep": 2,
+    "checkpoint.async_save": False,
+    "checkpoint.resume": "auto",
+    "checkpoint.init_from": "folder",
+    "checkpoint.export_hf_every": 5,
+    "log.wandb": True,
+}
+
+
+def test_the_table_of_what_works_speaks_of_existing_keys():
+    assert WORKS.keys() <= all_keys().keys()
+    assert {key for key in WORKS if key.startswith("checkpoint.")} == {
+        f"checkpoint.{name}" for name in flatten(CheckpointConfig())
+    }
+
+
+@pytest.mark.parametrize("key", WORKS)
+def test_what_is_not_built_is_refused(key):
+    config = load(None, [], "demo")
+    section, _, name = key.partition(".")
+    config = replace(config, **{section: replace(getattr(config, section), **{name: REFUSED[key]})})
+    assert any(line.startswith(f"{key}=") and "not supported yet" in line for line in unsupported(config))
+
+
+def test_other_factorings_are_refused():
+    config = load(None, ["parallel.tp=2", "parallel.dp=4", "parallel.dp_shard=2", "parallel.etp=1"], "demo")
+    assert [line.split("=")[0] for line in unsupported(config)] == ["parallel.dp_shard", "parallel.etp"]
+    assert not list(unsupported(resolve(load(None, ["parallel.tp=2"], "demo"), 8)))
