@@ -90,7 +90,8 @@ class WorkerPool:
             worker.connection.close()
         for worker in self._workers:
             worker.process.join(GRACE_S)
-            worker.process.kill()
+            if worker.process.is_alive():
+                worker.process.kill()
         self._workers = []
 
     def _start_worker(self) -> Worker:

@@ -19,7 +19,7 @@ def no_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("torch.distributed was touched")
 
-    for name, function in inspect.getmembers(distributed, inspect.isfunction):
+    for name, _ in inspect.getmembers(distributed, inspect.isfunction):
         monkeypatch.setattr(distributed, name, forbidden)
     with pytest.raises(AssertionError, match="touched"):
         distributed.is_initialized()

@@ -1,0 +1,72 @@
+"""What the ranks of the launcher's tests do."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from megacore.layout.layout import Layout
+from megacore.mesh import process_group
+from megacore.mesh.collectives import all_reduce
+from megacore.mesh.group import Group
+from megacore.mesh.mesh import ParallelMesh
+from megacore.mesh.rank_info import RankInfo
+
+
+def meet(info: RankInfo) -> Group:
+    process_group.start(info, torch.device("cpu"), timeout_s=60)
+    return ParallelMesh.build(Layout(tp=info.world_size), info.rank, torch.device("cpu")).tp
+
+
+def write_sum(info: RankInfo, folder: str) -> None:
+    """Each rank leaves what it computed and how many threads it had."""
+    total = all_reduce(torch.tensor([info.rank + 1.0]), meet(info)).item()
+    Path(folder, str(info.rank)).write_text(f"{total} {torch.get_num_threads()}")
+    process_group.stop()
+
+
+def raise_on_one(info: RankInfo, seconds: float) -> None:
+    group = meet(info)
+    if info.rank == 1:
+        time.sleep(seconds)
+        raise KeyError("the cause")
+    all_reduce(torch.zeros(1), group)
+
+
+def die_on_one(info: RankInfo) -> None:
+    group = meet(info)
+    if info.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    all_reduce(torch.zeros(1), group)
+
+
+def user_error_on_all(info: RankInfo) -> None:
+    Layout(order=("tp", "pp"))
+
+
+def one_hangs(info: RankInfo) -> None:
+    if info.rank == 1:
+        raise OSError("disk full")
+    time.sleep(600)
+
+
+def leave_with(info: RankInfo, codes: list[int]) -> int:
+    return codes[info.rank]
+
+
+def exit_with(info: RankInfo, codes: list[int]) -> None:
+    sys.exit(codes[info.rank])
+
+
+def sleep_and_tell(info: RankInfo, folder: str, save_on_term: bool) -> int:
+    """Sleeps until told to stop; with `save_on_term` it then leaves as a trainer does."""
+    stopped: list[int] = []
+    if save_on_term:
+        signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
+    Path(folder, f"{info.rank}.pid").write_text(str(os.getpid()))
+    while not stopped:
+        time.sleep(0.02)
+    return 75

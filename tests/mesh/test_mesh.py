@@ -1,0 +1,68 @@
+"""The mesh's groups against the definition of its axes, for a zoo of layouts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megacore.layout.layout import Layout
+from megacore.mesh.collectives import all_gather, gather_objects
+from megacore.mesh.group import Group
+from megacore.mesh.mesh import ParallelMesh
+from tests.pool import JobFailed, WorkerPool
+
+CPU = torch.device("cpu")
+DENSE = {"tp": ("tp",), "cp": ("cp",), "dp": ("dp",), "pp": ("pp",), "dp_cp": ("dp", "cp"), "model": ("pp", "tp")}
+
+LAYOUTS = [
+    Layout(tp=2, dp=2, dp_shard=2, etp=2),
+    Layout(tp=2, pp=2, dp_shard=1, etp=2),
+    Layout(tp=4, ep=2, etp=2),
+    Layout(dp=4, dp_shard=2),
+    Layout(cp=2, dp=2, dp_shard=1, order=("pp", "cp", "dp", "tp")),
+    Layout(tp=2, cp=2, etp=1, ep=4),
+]
+
+
+def describe_groups(rank: int, layout: Layout, kv_replicas: int) -> dict[str, tuple[int, ...]]:
+    """The groups of a rank, each having spoken once to show that its members answer in order."""
+    mesh = ParallelMesh.build(layout, rank, CPU, kv_replicas)
+    groups = {name: value for name, value in vars(mesh).items() if isinstance(value, Group)}
+    for name, group in groups.items():
+        assert group.axis == name
+        assert group.ranks[group.rank] == rank
+        assert gather_objects(rank, group) == list(group.ranks)
+        assert all_gather(torch.tensor([rank]), group).tolist() == list(group.ranks)
+    handles = {group.ranks: group.handle for group in groups.values()}
+    assert all(group.handle is handles[group.ranks] for group in groups.values()), "equal ranks share a process group"
+    return {name: group.ranks for name, group in groups.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.describe())
+def test_groups_vary_in_their_axes_and_in_nothing_else(pool: WorkerPool, layout: Layout) -> None:
+    kv_replicas = 2 if layout.tp % 2 == 0 else 1
+    groups = pool.run(describe_groups, layout.world, layout, kv_replicas)
+    for rank, mine in enumerate(groups):
+        own = layout.coordinate(rank)
+        for name, axes in DENSE.items():
+            others = [axis for axis in ("tp", "cp", "dp", "pp") if axis not in axes]
+            expected = [r for r in range(layout.world) if all(layout.coordinate(r)[a] == own[a] for a in others)]
+            assert mine[name] == tuple(expected), (rank, name)
+        for axis in ("ep", "etp", "edp"):
+            others = [other for other in ("ep", "etp", "edp", "pp") if other != axis]
+            expected = [r for r in range(layout.world) if all(layout.coordinate(r)[a] == own[a] for a in others)]
+            assert mine[axis] == tuple(expected), (rank, axis)
+        assert len(mine["dp_shard"]) == layout.dp_shard
+        assert len(mine["dp_replicate"]) == layout.dp_replicate
+        assert set(mine["dp_shard"]) & set(mine["dp_replicate"]) == {rank}
+        assert mine["kv"] == mine["tp"][own["tp"] // kv_replicas * kv_replicas :][:kv_replicas]
+        assert mine["world"] == tuple(range(layout.world))
+
+
+def build_too_large(rank: int) -> None:
+    ParallelMesh.build(replace(Layout(tp=2), dp=2), rank, CPU)
+
+
+def test_a_layout_for_another_world_is_refused(pool: WorkerPool) -> None:
+    with pytest.raises(JobFailed, match="tp2 x dp2 needs 4 ranks, but 2 were started"):
+        pool.run(build_too_large, 2)
