@@ -10,7 +10,7 @@ import shutil
 import sys
 
 from megacore.config.load import load
-from megacore.config.resolve import resolve
+from megacore.config.resolve import resolve, smallest_world
 from megacore.config.schema import RunConfig
 from megacore.config.validate import check
 from megacore.launch.processes import run_local
@@ -21,7 +21,7 @@ TARGET = "megacore.train.loop:train"
 
 def main(argv: list[str] | None = None) -> int:
     """Train; the exit code is that of `megacore`."""
-    args = parser().parse_args(argv)
+    args = parser().parse_intermixed_args(argv)  # overrides may stand on both sides of options
     if args.run and "=" in args.run:  # only overrides were given
         args.overrides.insert(0, args.run)
         args.run = None
@@ -52,12 +52,6 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def smallest_world(config: RunConfig) -> int:
-    """The ranks of one copy of the model, times dp where it is given."""
-    p = config.parallel
-    return max(1, p.tp * p.pp * p.cp * max(1, p.dp))
-
-
 def complete(config: RunConfig, world_size: int) -> RunConfig:
     """The run, checked and resolved, with what only the data can tell."""
     check(config, world_size)
@@ -65,6 +59,6 @@ def complete(config: RunConfig, world_size: int) -> RunConfig:
 
 
 if __name__ == "__main__":
-    from megacore.__main__ import run
+    from megacore.exits import run
 
     sys.exit(run("megacore.launch.train", sys.argv[1:]))

@@ -12,7 +12,7 @@ from typing import Any
 from megacore.config.errors import ConfigError
 from megacore.config.load import all_keys, load
 from megacore.config.presets import preset_names
-from megacore.config.resolve import resolve
+from megacore.config.resolve import resolve, smallest_world
 from megacore.config.schema import RunConfig
 from megacore.config.supported import unsupported
 from megacore.config.validate import validate
@@ -46,7 +46,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     key.add_argument("key", nargs="?", default="", help="section.key, a key alone, or a section; default: all")
     for command in (one, two, key):
         command.add_argument("--json", action="store_true", help="print JSON")
-    return parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (arguments.command != "show" or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse takes no positional words after an option, and an override may well stand there
+        arguments.run += rest
+    return arguments
 
 
 def show(arguments: argparse.Namespace) -> int:
@@ -127,12 +132,6 @@ def resolved(source: str) -> RunConfig:
     if problems := validate(config, ranks):
         raise ConfigError([f"{source}: {problem}" for problem in problems])
     return resolve(config, ranks)
-
-
-def smallest_world(config: RunConfig) -> int:
-    """The fewest ranks that the layout takes; 1 where a size is out of range, which validation will say."""
-    p = config.parallel
-    return max(1, p.tp * p.pp * p.cp * (p.dp or 1))
 
 
 if __name__ == "__main__":

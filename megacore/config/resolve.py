@@ -25,6 +25,12 @@ def resolve(config: RunConfig, world_size: int) -> RunConfig:
     )
 
 
+def smallest_world(config: RunConfig) -> int:
+    """The fewest ranks that the layout takes; at least 1, also where a size is out of range (validation says so)."""
+    p = config.parallel
+    return max(1, p.tp * p.pp * p.cp * (p.dp or 1))
+
+
 def resolve_model(model: ModelConfig, seq_len: int) -> ModelConfig:
     """The model with the widths that follow from others."""
     gated_width = math.ceil(8 * model.hidden_size / (3 * 64)) * 64
