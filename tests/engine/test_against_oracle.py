@@ -1,0 +1,64 @@
+"""One process computes what an independent plain-PyTorch decoder computes: gradients per parameter, in float64."""
+
+import pytest
+
+from tests.engine.common import assemble, batch_of, built_rank, parts, run_config, step_of, worst_difference
+from tests.oracle.model import PlainDecoder, random_weights
+
+FEATURES = {
+    "llama": (),
+    "gpt2": ("model.family=gpt2",),
+    "qwen3": ("model.family=qwen3", "model.tie_embeddings=true"),
+    "multi-query": ("model.num_kv_heads=1",),
+    "all heads": ("model.num_kv_heads=4", "model.head_dim=10"),
+    "one head": ("model.num_heads=1", "model.num_kv_heads=1"),
+    "geglu": ("model.activation=geglu", "model.mlp_bias=true"),
+    "relu2": ("model.activation=relu2", "model.norm=layernorm"),
+    "gelu": ("model.activation=gelu", "model.qkv_bias=true", "model.attention_out_bias=true"),
+    "alibi": ("model.position=alibi", "model.num_heads=6", "model.num_kv_heads=3"),
+    "no positions": ("model.position=none",),
+    "learned positions": ("model.position=learned", "model.max_positions=20"),
+    "window": ("model.sliding_window=5",),
+    "window as long as the sequence": ("model.sliding_window=16",),
+    "window with alibi": ("model.sliding_window=3", "model.position=alibi"),
+    "documents": ("data.reset_attention=true",),
+    "documents, window, alibi": ("data.reset_attention=true", "model.sliding_window=4", "model.position=alibi"),
+    "tied": ("model.tie_embeddings=true",),
+    "smoothing": ("train.label_smoothing=0.1",),
+    "z-loss": ("train.z_loss=0.01", "train.label_smoothing=0.05"),
+    "linear scaling": ("model.rope_scaling.type=linear", "model.rope_scaling.factor=2"),
+    "ntk scaling": ("model.rope_scaling.type=ntk", "model.rope_scaling.factor=4"),
+    "yarn scaling": (
+        "model.rope_scaling.type=yarn",
+        "model.rope_scaling.factor=4",
+        "model.rope_scaling.original_seq_len=64",
+        "model.head_dim=16",
+    ),
+    "llama3 scaling": (
+        "model.rope_scaling.type=llama3",
+        "model.rope_scaling.factor=8",
+        "model.rope_scaling.original_seq_len=32",
+        "model.head_dim=16",
+    ),
+    "gpipe": ("parallel.schedule=gpipe",),
+    "one microbatch": ("train.micro_batch_size=8",),
+    "one layer": ("model.num_layers=1",),
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_gradients_are_those_of_an_independent_model(name: str) -> None:
+    config = run_config(1, "optim.clip_grad=0", *FEATURES[name])
+    built = built_rank(0, 1, config)
+    weights = random_weights(config.model)
+    for name_of, parameter in built.stage.named_parameters():
+        parameter.data.copy_(weights[name_of])
+    loss, norm = step_of(built, step=1)
+    oracle, whole, t = PlainDecoder(config.model, weights), batch_of(config, 1), config.train
+    arguments = (whole.token_bs, whole.label_bs, t.label_smoothing, t.z_loss, None, whole.document_bs)
+    expected = oracle.gradients(*arguments)
+    plain_loss = oracle.loss(whole.token_bs, whole.label_bs, t.label_smoothing, 0.0, None, whole.document_bs)
+    assert loss == pytest.approx(plain_loss.item(), rel=1e-12)  # what is reported leaves the z-loss out
+    assert norm == pytest.approx(sum(grad.square().sum().item() for grad in expected.values()) ** 0.5, rel=1e-12)
+    difference, where = worst_difference(assemble(config, [parts(built, "grads")]), expected)
+    assert difference < 1e-10, where
