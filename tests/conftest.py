@@ -3,8 +3,13 @@
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.pool import WorkerPool
+
+# A busy machine is not a fault: only the number of examples bounds a property's time.
+settings.register_profile("megacore", deadline=None)
+settings.load_profile("megacore")
 
 
 @pytest.fixture(scope="session")

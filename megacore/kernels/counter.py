@@ -1,8 +1,9 @@
 """Random numbers that are a function of a key and an index, not of a stream.
 
 Element ``i`` of stream ``key`` is what splitmix64 (Steele, Lea and Flood 2014) gives in its step ``i`` from ``key``,
-so a rank can draw exactly the elements it holds, and every layout draws the same weights and dropout masks. All arithmetic is on int64
-with wrap-around; a uniform is built from whole bits, a normal by Box-Muller from the two halves of one hash.
+so a rank can draw exactly the elements it holds, and every layout draws the same weights and dropout masks. All
+arithmetic is on int64 with wrap-around; a uniform is built from whole bits, a normal by Box-Muller from the two halves
+of one hash.
 """
 
 import hashlib

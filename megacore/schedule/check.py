@@ -6,14 +6,30 @@ from megacore.schedule.instruction import Instruction, Op, Schedule
 def check(schedule: Schedule) -> Schedule:
     """Returns the schedule if every rank computes the whole step.
 
-    That is: each stage forwards each microbatch once, then takes it back once, in ascending order (so that gradients
-    sum alike in every schedule), sums its gradients after the last one, and the optimizer steps last of all.
+    That is: stages 0 to n-1 each live on one rank; each forwards each microbatch once, then takes it back once, in
+    ascending order (so that gradients sum alike in every schedule), and sums its gradients after the last one; on
+    every rank the optimizer steps last of all.
 
     Raises ValueError with rank, position, instruction and reason.
     """
+    _check_homes(schedule)
     for rank, instructions in enumerate(schedule.ranks):
         _check_rank(rank, instructions, schedule.num_microbatches)
     return schedule
+
+
+def _check_homes(schedule: Schedule) -> None:
+    """Without it, a stage that nobody mentions would pass as computed."""
+    home: dict[int, int] = {}
+    for rank, instructions in enumerate(schedule.ranks):
+        stages = {instruction.stage for instruction in instructions if instruction.op is not Op.OPTIMIZE}
+        if not stages:
+            raise ValueError(f"rank {rank} has no stage")
+        for stage in sorted(stages):
+            if home.setdefault(stage, rank) != rank:
+                raise ValueError(f"rank {rank} has stage {stage}, which rank {home[stage]} has already")
+    if sorted(home) != list(range(len(home))):
+        raise ValueError(f"the ranks have stages {sorted(home)}; they must be 0 to {len(home) - 1}")
 
 
 def _check_rank(rank: int, instructions: tuple[Instruction, ...], num_microbatches: int) -> None:
