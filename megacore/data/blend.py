@@ -131,7 +131,8 @@ def megatron_sizes(weights: Sequence[float], num_samples: int) -> list[int]:
 
 def build_megatron_blend(weights: Sequence[float], num_samples: int) -> dict[str, NDArray[Any]]:
     """The arrays of a `MegatronBlend`."""
-    exact = np.array(normalised(weights), np.float64)
-    size = sum(math.ceil(num_samples * weight) for weight in exact.tolist())
-    datasets, samples = native.loops.blend_megatron(exact, size)
+    once = normalised(weights)
+    size = sum(math.ceil(num_samples * weight) for weight in once)
+    twice = np.array(normalised(once), np.float64)  # Megatron divides a second time, which may change the last bit
+    datasets, samples = native.loops.blend_megatron(twice, size)
     return {"datasets": datasets, "samples": samples}

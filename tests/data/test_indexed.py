@@ -105,8 +105,9 @@ def test_token_dtype(vocab_size: int, dtype: str) -> None:
 def test_writer_leaves_old_files_when_it_fails(make_data, tmp_path: Path) -> None:
     prefix = make_data([[1, 2]])
     before = files(prefix)
-    with pytest.raises(ValueError, match="token id 65536 does not fit uint16"), IndexedWriter(prefix, "uint16") as writer:
-        writer.add_document([3, 65536])
+    with pytest.raises(ValueError, match="token id 65536 does not fit uint16"):
+        with IndexedWriter(prefix, "uint16") as writer:
+            writer.add_document([3, 65536])
     assert files(prefix) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.bin", "data.idx"]
 

@@ -14,6 +14,7 @@ if not open_package():
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from megatron.core.datasets import helpers  # noqa: E402
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder  # noqa: E402
 from megatron.core.datasets.blended_megatron_dataset_config import (  # noqa: E402
     convert_split_vector_to_split_matrix,
     parse_and_normalize_split,
@@ -38,19 +39,24 @@ class Tokenizer:
     unique_identifiers = {"class": "test"}
 
 
-def oracle_dataset(prefix: str, first: int, last: int, num_samples: int | None, seq_len: int, seed: int, cache: Path):
-    config = GPTDatasetConfig(
+def oracle_config(blend: tuple, split: str, seq_len: int, seed: int, cache: Path) -> GPTDatasetConfig:
+    return GPTDatasetConfig(
         random_seed=seed,
         sequence_length=seq_len,
-        blend=([prefix], None),
-        split="1,0,0",
+        blend=blend,
+        split=split,
         path_to_cache=str(cache),
         tokenizer=Tokenizer(),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
+        mid_level_dataset_surplus=0.005,
     )
+
+
+def oracle_dataset(prefix: str, first: int, last: int, num_samples: int | None, seq_len: int, seed: int, cache: Path):
+    config = oracle_config(([prefix], None), "1,0,0", seq_len, seed, cache)
     documents = np.arange(first, last, dtype=np.int32)
     return GPTDataset(OracleDataset(prefix), prefix, documents, num_samples, Split.train, config)
 
@@ -163,7 +169,7 @@ def test_blend(weights: list[float], num_samples: int) -> None:
     arrays = build_megatron_blend(weights, num_samples)
     size = len(arrays["datasets"])
     datasets, samples = np.zeros(size, np.int16), np.zeros(size, np.int64)
-    helpers.build_blending_indices(datasets, samples, normalised(weights), len(weights), size, False)
+    helpers.build_blending_indices(datasets, samples, normalised(normalised(weights)), len(weights), size, False)
     assert np.array_equal(arrays["datasets"], datasets) and np.array_equal(arrays["samples"], samples)
 
 
@@ -183,3 +189,21 @@ def test_samples_of_a_run(tmp_path: Path) -> None:
         assert np.array_equal(ours.labels[0], theirs["labels"].numpy())
         assert ours.positions is not None
         assert np.array_equal(ours.positions[0], theirs["position_ids"].numpy())
+
+
+@pytest.mark.parametrize("weights", [None, (0.7, 0.2, 0.1), (3.0, 3.0, 1.0)])
+def test_blended_run(tmp_path: Path, weights: tuple[float, ...] | None) -> None:
+    """Training and validation of a run as Megatron's own builder makes them, sample for sample."""
+    rng = np.random.default_rng(6)
+    prefixes = [str(tmp_path / name) for name in ("a", "b", "c")][: 1 if weights is None else 3]
+    for prefix in prefixes:
+        oracle_write(prefix, random_documents(rng, 90, 25), np.uint16)
+    config = oracle_config((prefixes, weights and list(weights)), "90,10,0", 32, 11, tmp_path / "cache")
+    sizes = [150, 40, 0]
+    train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
+    blend = tuple(zip(weights or (1.0,), prefixes, strict=True))
+    ours = DataConfig(blend=blend, split=(90.0, 10.0, 0.0), index="megatron")
+    for name, oracle, size in (("train", train, 150), ("valid", valid, 40)):
+        stream = SampleStream(ours, seq_len=32, seed=11, num_samples=size, split=name)
+        for ordinal in range(size):
+            assert np.array_equal(stream.microbatch(ordinal, 1).tokens[0], oracle[ordinal]["tokens"].numpy())
