@@ -13,7 +13,9 @@ from megacore.config.load import load
 from megacore.config.resolve import resolve, smallest_world
 from megacore.config.schema import RunConfig
 from megacore.config.validate import check
+from megacore.data.run_tokenizer import fill_in
 from megacore.launch.processes import run_local
+from megacore.launch.worker import call
 from megacore.mesh.rank_info import RankInfo
 
 TARGET = "megacore.train.loop:train"
@@ -37,8 +39,6 @@ def main(argv: list[str] | None = None) -> int:
     width = min(120, shutil.get_terminal_size((100, 24)).columns)
     if info is None:
         return run_local(TARGET, (config, colour, width), world_size)
-    from megacore.launch.worker import call
-
     return call(TARGET, info, (config, colour, width))
 
 
@@ -53,8 +53,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def complete(config: RunConfig, world_size: int) -> RunConfig:
-    """The run, checked and resolved, with what only the data can tell."""
+    """The run, checked and resolved, with what only the data can tell.
+
+    Raises ValueError with everything that is wrong, before any process has started.
+    """
     check(config, world_size)
+    config = fill_in(config)
+    check(config, world_size)  # the vocabulary is known now
     return resolve(config, world_size)
 
 

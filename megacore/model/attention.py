@@ -17,7 +17,9 @@ from megacore.parallel.tensor import TensorParallel
 class Attention(nn.Module):
     """x [t, h] -> [t, h]: project, norm and rotate heads, attend, project back."""
 
-    def __init__(self, model: ModelConfig, make: ParameterMaker, tp: TensorParallel, kernels: Kernels, seed: int) -> None:
+    def __init__(
+        self, model: ModelConfig, make: ParameterMaker, tp: TensorParallel, kernels: Kernels, seed: int
+    ) -> None:
         super().__init__()
         self.d = model.head_dim
         self.n = model.num_heads // tp.group.size

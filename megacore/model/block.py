@@ -17,7 +17,9 @@ from megacore.parallel.tensor import TensorParallel
 class Block(nn.Module):
     """x [t, h] -> [t, h]: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, model: ModelConfig, make: ParameterMaker, tp: TensorParallel, kernels: Kernels, seed: int) -> None:
+    def __init__(
+        self, model: ModelConfig, make: ParameterMaker, tp: TensorParallel, kernels: Kernels, seed: int
+    ) -> None:
         super().__init__()
         self.attention_norm = make_norm(model, make.below("attention_norm"), kernels)
         self.attention = Attention(model, make.below("attention"), tp, kernels, seed)

@@ -5,7 +5,12 @@ from torch import Tensor
 
 
 def attention_mask(
-    length: int, window: int, document_bs: Tensor | None, slope_n: Tensor | None, device: torch.device, dtype: torch.dtype
+    length: int,
+    window: int,
+    document_bs: Tensor | None,
+    slope_n: Tensor | None,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[Tensor | None, bool]:
     """(mask, causal) for ``kernels.reference.attention``; (None, True) where plain causality is all there is.
 

@@ -41,7 +41,9 @@ class Loss(NamedTuple):
 class Embedding(nn.Module):
     """Tokens (and learned positions) to x [t, h]."""
 
-    def __init__(self, model: ModelConfig, make: ParameterMaker, vocab: Vocabulary, tp: TensorParallel, seed: int) -> None:
+    def __init__(
+        self, model: ModelConfig, make: ParameterMaker, vocab: Vocabulary, tp: TensorParallel, seed: int
+    ) -> None:
         super().__init__()
         self.tokens = VocabParallelEmbedding(make.below("tokens"), vocab.piece, tp)
         self.positions = PositionEmbedding(make.below("positions")) if model.position == "learned" else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from megacore.config.schema import RunConfig
 from megacore.data.fim import FimTokens
@@ -41,7 +42,9 @@ def open_data(config: RunConfig, mesh: ParallelMesh) -> RunData:
     feed = Feed(stream, plan, mesh.dp, mesh.device)
     num_tokens = sum(source.num_tokens for source in stream.sources)
     epochs = plan.num_samples(t.steps) * t.seq_len / num_tokens
-    names = ", ".join(source.dataset.prefix.name for source in stream.sources[:3]) + (", ..." if len(stream.sources) > 3 else "")
+    names = ", ".join(Path(source.dataset.prefix).name for source in stream.sources[:3]) + (
+        ", ..." if len(stream.sources) > 3 else ""
+    )
     summary = f"{human_count(num_tokens)} training tokens in {names}: {epochs:.2f} epochs"
     if not t.eval_every:
         return RunData(tokenizer, plan, feed, lambda: iter(()), summary)

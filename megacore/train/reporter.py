@@ -133,11 +133,12 @@ class Reporter:
         """Show a text that the model wrote."""
         if self.files is None:
             return
-        paint = self.files.console.paint
-        first, *rest = (prompt + text).splitlines() or [""]
-        shown = paint(prompt, "bold") + first[len(prompt) :] if first.startswith(prompt) else first
-        for line in (f"{paint('sample', 'cyan')} {shown}", *("       " + line for line in rest)):
-            self.files.console.line(line)
+        console = self.files.console
+        # On the console one line each; events.jsonl has it whole.
+        shown = " ".join(text.split())[: max(0, console.width - len(prompt) - 9)]
+        console.line(
+            f"{console.paint('sample', 'cyan')}  {console.paint(prompt, 'bold')}{text[:1].isspace() * ' '}{shown}"
+        )
         self.files.events.write("sample", step=step, prompt=prompt, text=text)
         for tracker in self.files.trackers:
             tracker.text("samples", prompt + text, step)

@@ -89,7 +89,13 @@ def parts(built: Built, which: str) -> list[Part]:
     views = getattr(built.flat, which).views()
     tp = built.mesh.tp
     return [
-        (spec.name, spec.dim, piece.start, piece.size, views[spec.name].narrow(spec.dim, piece.local, piece.size).clone())
+        (
+            spec.name,
+            spec.dim,
+            piece.start,
+            piece.size,
+            views[spec.name].narrow(spec.dim, piece.local, piece.size).clone(),
+        )
         for spec in built.spec.params
         for piece in spec.pieces(tp.rank, tp.size)
     ]
@@ -99,7 +105,9 @@ def assemble(config: RunConfig, of_ranks: list[list[Part]]) -> dict[str, Tensor]
     """Global tensors from all ranks' parts; copies must agree bit for bit."""
     from megacore.spec import ModelSpec
 
-    whole = {spec.name: torch.full(spec.shape, torch.nan, dtype=torch.float64) for spec in ModelSpec.of(config.model).params}
+    whole = {
+        spec.name: torch.full(spec.shape, torch.nan, dtype=torch.float64) for spec in ModelSpec.of(config.model).params
+    }
     for rank_parts in of_ranks:
         for name, dim, start, size, tensor in rank_parts:
             place = whole[name].narrow(dim, start, size)
@@ -113,6 +121,4 @@ def worst_difference(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> tu
     """The largest |a-b| / max(|b|, 1e-4 * global norm) over all parameters, and whose it is."""
     floor = 1e-4 * torch.stack([tensor.norm() for tensor in expected.values()]).norm()
     assert ours.keys() == expected.keys()
-    return max(
-        (((ours[name] - b).abs() / b.abs().clamp(min=floor)).max().item(), name) for name, b in expected.items()
-    )
+    return max((((ours[name] - b).abs() / b.abs().clamp(min=floor)).max().item(), name) for name, b in expected.items())
