@@ -33,11 +33,11 @@ def test_presets_as_table_and_as_json(megacore):
 
 
 def test_show_prints_a_run_that_loads_again(megacore, tmp_path):
-    code, out, err = megacore("config", "show", "--preset", "demo", "parallel.tp=2", "--ranks", "4", "train.steps=7")
+    code, out, err = megacore("config", "show", "--preset", "demo", "parallel.tp=2", "--ranks", "4", "train.seq_len=64")
     path = tmp_path / "run.toml"
     path.write_text(out, encoding="utf-8")
     assert (code, err) == (0, "")
-    assert load(str(path)) == resolve(load(None, ["parallel.tp=2", "train.steps=7"], "demo"), 4)
+    assert load(str(path)) == resolve(load(None, ["parallel.tp=2", "train.seq_len=64"], "demo"), 4)
 
 
 def test_show_tells_what_training_would_refuse(megacore):
