@@ -37,21 +37,22 @@ def save_loss_plot(curves: Curves, path: Path, title: str, subtitle: str = "") -
 
 def _draw_loss(axes: Any, curves: Curves) -> None:
     _clean(axes)
+    ends: list[tuple[Point, str]] = []
     if curves.loss:
-        xs, ys = zip(*curves.loss, strict=True)
         smoothed = smooth(curves.loss, len(curves.loss) // 20)
-        axes.plot(xs, ys, color=BLUE, alpha=0.25, linewidth=0.9, label="training, each step")
-        axes.plot(*zip(*smoothed, strict=True), color=BLUE, linewidth=1.9, label="training, smoothed")
-        _note(axes, smoothed[-1], BLUE, above=False)
-    if curves.val_loss:
-        xs, ys = zip(*curves.val_loss, strict=True)
         axes.plot(
-            xs, ys, "o", color=ORANGE, markersize=5.5, markeredgecolor="white", markeredgewidth=1.0, label="validation"
+            *zip(*curves.loss, strict=True), color=BLUE, alpha=0.25, linewidth=0.9, label="training, logged steps"
         )
-        _note(axes, curves.val_loss[-1], ORANGE, above=True)
+        axes.plot(*zip(*smoothed, strict=True), color=BLUE, linewidth=1.9, label="training, smoothed")
+        ends.append((smoothed[-1], BLUE))
+    if curves.val_loss:
+        style = {"color": ORANGE, "markersize": 5.5, "markeredgecolor": "white", "markeredgewidth": 1.0}
+        axes.plot(*zip(*curves.val_loss, strict=True), "o", label="validation", **style)
+        ends.append((curves.val_loss[-1], ORANGE))
+    _note_ends(axes, ends)
     axes.set_ylabel("loss (nats per token)", color=INK)
     axes.set_xlabel(f"step  ({human_count(curves.tokens)} tokens in total)" if curves.tokens else "step", color=INK)
-    if curves.loss or curves.val_loss:
+    if ends:
         axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper right")
 
 
@@ -93,15 +94,18 @@ def _clean(axes: Any) -> None:
     axes.margins(x=0.02)
 
 
-def _note(axes: Any, point: Point, colour: str, above: bool) -> None:
-    """The last value, beside its point."""
-    axes.annotate(
-        f"{point[1]:.2f}",
-        point,
-        xytext=(0, 9 if above else -15),
-        textcoords="offset points",
-        ha="center",
-        fontsize=9.5,
-        fontweight="bold",
-        color=colour,
-    )
+def _note_ends(axes: Any, ends: list[tuple[Point, str]]) -> None:
+    """Writes the last value of each curve beside its end, the larger one above."""
+    axes.margins(x=0.045, y=0.08)
+    for place, (point, colour) in enumerate(sorted(ends, key=lambda end: end[0][1])):
+        shift = 0 if len(ends) == 1 else 7 if place else -7
+        axes.annotate(
+            f"{point[1]:.2f}",
+            point,
+            xytext=(8, shift),
+            textcoords="offset points",
+            va="center",
+            fontsize=9.5,
+            fontweight="bold",
+            color=colour,
+        )
