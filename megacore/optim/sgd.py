@@ -27,8 +27,13 @@ class SGD:
         # where() and not a product: an infinite gradient times 0 would be nan
         change = torch.where(taken, self.flat.grads.data, 0.0)
         if self.velocity is not None:
-            self.velocity.mul_(torch.where(taken, self.optim.momentum, 1.0)).add_(change)
+            self.velocity.mul_(self._factor(self.optim.momentum, taken)).add_(change)
             change = torch.where(taken, self.velocity, 0.0)
         for weight_decay, params in self.decayed:
-            torch._foreach_mul_(params, torch.where(taken, 1 - lr * weight_decay, 1.0).to(change.dtype))
+            torch._foreach_mul_(params, self._factor(1 - lr * weight_decay, taken))
         self.flat.params.data.sub_(change, alpha=lr)
+
+    def _factor(self, value: float, taken: Tensor) -> Tensor:
+        """``value``, or 1 on a skipped step: a scalar of the weights' dtype (a bare number would become float32)."""
+        data = self.flat.params.data
+        return torch.full((), value, dtype=data.dtype, device=data.device).masked_fill_(~taken, 1.0)

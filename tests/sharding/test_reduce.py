@@ -1,0 +1,93 @@
+"""Gradient sums against adding up every rank's part, row by row of the global tensors."""
+
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from megacore.config.resolve import resolve_model
+from megacore.config.schema import ModelConfig
+from megacore.layout import BufferLayout, Layout
+from megacore.mesh.mesh import ParallelMesh
+from megacore.sharding import reduce
+from megacore.sharding.flat import FlatBuffer
+from megacore.spec import ModelSpec, ParamSpec
+from tests.pool import WorkerPool
+
+CPU = torch.device("cpu")
+MODEL = resolve_model(
+    ModelConfig(
+        num_layers=2,
+        hidden_size=10,
+        ffn_hidden_size=7,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=2,
+        vocab_size=3,
+        norm="layernorm",
+        position="learned",
+        qk_norm=True,
+        qkv_bias=True,
+        attention_out_bias=True,
+        mlp_bias=True,
+    ),
+    seq_len=8,
+)
+
+
+def part_of(rank: int, place: int, shape: tuple[int, ...]) -> Tensor:
+    """What rank ``rank`` has computed of a gradient; any rank can make any other's."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * rank + place), dtype=torch.float64)
+
+
+def rows_of(spec: ParamSpec, index: int, num: int) -> Tensor:
+    """The global rows of the split dim that a member holds, in local order."""
+    return torch.cat([torch.arange(p.start, p.start + p.size) for p in spec.pieces(index, num)] or [torch.arange(0)])
+
+
+def expected(spec: ParamSpec, place: int, layout: Layout, rank: int) -> Tensor:
+    tp = layout.tp
+    at = layout.coordinate(rank)
+    whole = torch.zeros(spec.shape, dtype=torch.float64)
+    for other in range(layout.world):
+        index = layout.coordinate(other)["tp"]
+        if spec.split is None and "tp" not in spec.partial and index != at["tp"]:
+            continue  # ranks of one tp group have it whole already
+        part = part_of(other, place, spec.local_shape(index, tp))
+        whole.index_add_(spec.dim, rows_of(spec, index, tp), part)
+    return whole.index_select(spec.dim, rows_of(spec, at["tp"], tp))
+
+
+def reduce_on_rank(rank: int, layout: Layout, sequence: bool, bucket_bytes: int) -> int:
+    mesh = ParallelMesh.build(layout, rank, CPU, max(1, layout.tp // MODEL.num_kv_heads))
+    params = ModelSpec.of(MODEL, sequence).params
+    shapes = [(spec.name, spec.local_shape(mesh.tp.rank, mesh.tp.size)) for spec in params]
+    grads = FlatBuffer.zeros(BufferLayout.of(shapes), torch.float64, CPU)
+    for place, (name, shape) in enumerate(shapes):
+        grads.views()[name].copy_(part_of(rank, place, shape))
+    with mock.patch.object(reduce, "BUCKET_BYTES", bucket_bytes):
+        reducer = reduce.GradientReducer(grads, {spec.name: spec for spec in params}, mesh)
+    reducer()
+    for place, spec in enumerate(params):
+        want = expected(spec, place, layout, rank)
+        torch.testing.assert_close(grads.views()[spec.name], want, rtol=1e-13, atol=1e-13, msg=spec.name)
+    for view in grads.views().values():
+        view.zero_()
+    assert not grads.data.any()  # the gaps
+    return len(reducer.buckets)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(tp=2), Layout(tp=4), Layout(dp=3, dp_shard=3), Layout(tp=2, dp=2, dp_shard=2)],
+    ids=Layout.describe,
+)
+def test_every_rank_gets_the_whole_gradient_of_what_it_holds(pool: WorkerPool, layout: Layout, sequence: bool) -> None:
+    assert pool.run(reduce_on_rank, layout.world, layout, sequence, 1 << 25) == [1] * layout.world
+
+
+def test_the_number_of_buckets_changes_nothing(pool: WorkerPool) -> None:
+    layout = Layout(tp=2, dp=2, dp_shard=2)
+    assert min(pool.run(reduce_on_rank, 4, layout, False, 2048)) > 3
