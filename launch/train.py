@@ -6,7 +6,6 @@ as many as the layout needs).
 
 import argparse
 import os
-import shutil
 import sys
 
 from megacore.config.load import load
@@ -15,6 +14,7 @@ from megacore.config.schema import RunConfig
 from megacore.config.validate import check
 from megacore.data.run_tokenizer import fill_in
 from megacore.launch.processes import run_local
+from megacore.launch.terminal import colour_wanted, page_width
 from megacore.launch.worker import call
 from megacore.mesh.rank_info import RankInfo
 
@@ -35,8 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--nproc={args.nproc} starts processes, but this one is already rank {info.rank} of a job")
     world_size = info.world_size if info else args.nproc or smallest_world(config)
     config = complete(config, world_size)
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-    width = min(120, shutil.get_terminal_size((100, 24)).columns)
+    colour, width = colour_wanted(sys.stdout), page_width()
     if info is None:
         return run_local(TARGET, (config, colour, width), world_size)
     return call(TARGET, info, (config, colour, width))

@@ -164,7 +164,7 @@ class Demo:
         for text in found_text.user_texts(self.args.text, limit):
             num_texts, size = num_texts + 1, size + len(text.encode("utf-8"))
             yield text
-        self.console.line(f"  {num_texts:>5} texts, {size / 1e6:.2f} MB")
+        self.console.line(f"  read {size / 1e6:.2f} MB, {num_texts:,} text{'s' * (num_texts != 1)}")
         if size >= limit:
             self.console.line(f"  there may be more, but {limit / 1e6:.1f} MB are enough for a few minutes")
 
@@ -200,8 +200,8 @@ class Demo:
             self.result("token ids, memory-mapped", results[0])
             return prefix
         workers = max(1, min(4, os.cpu_count() or 1))
-        corpus_file, spec, output = str(corpus.path), tokenizer.spec, str(prefix)
-        done = prepare([corpus_file], spec, output, workers=workers, overwrite=True, on_progress=self.tokenised)
+        source, spec, output = str(corpus.path), tokenizer.spec, str(prefix)
+        done = prepare([source], spec, output, workers=workers, overwrite=True, on_progress=self.tokenised)
         self.stamps.done("dataset", inputs)
         each = done.num_bytes / max(done.num_tokens, 1)
         self.result(f"{done.num_tokens:,} tokens of {each:.2f} bytes, by {workers} worker processes", results[0])

@@ -49,6 +49,16 @@ def pad(text: str, width: int) -> str:
     return text + " " * max(0, width - visible_width(text))
 
 
+def cut(text: str, width: int) -> str:
+    """As much of an unpainted text as fits into `width` columns."""
+    used = 0
+    for place, char in enumerate(text):
+        used += visible_width(char)
+        if used > width:
+            return text[:place]
+    return text
+
+
 def human_time(seconds: float) -> str:
     """Seconds as people say them: 0.42 s, 12.3 s, 2m05s, 1h07m, 3d04h."""
     if seconds < 10:
@@ -104,7 +114,7 @@ class Console:
         """Shows a passing line on a live terminal, replaced by whatever comes next; logs and pipes never see it."""
         if self.stream is not None and self.live:
             self._clear_progress()
-            self._send(text[: self.width - 1])
+            self._send(cut(text, self.width - 1))
             self._progress_shown = True
 
     def rule(self, title: str = "") -> None:

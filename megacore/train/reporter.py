@@ -18,7 +18,7 @@ from megacore.config.write import config_hash, to_toml
 from megacore.cost.hardware import model_flops_utilization
 from megacore.mesh.collectives import agree
 from megacore.mesh.mesh import ParallelMesh
-from megacore.monitor.console import Console, Phases, human_count, human_time, phase_lines
+from megacore.monitor.console import Console, Phases, cut, human_count, human_time, phase_lines, visible_width
 from megacore.monitor.memory import peak_memory_gb
 from megacore.monitor.metrics import EventsWriter, MetricsWriter, StepMetrics, format_line
 from megacore.monitor.run_folder import CONFIG, LOG, archive_previous_run
@@ -135,7 +135,7 @@ class Reporter:
             return
         console = self.files.console
         # On the console one line each; events.jsonl has it whole.
-        shown = " ".join(text.split())[: max(0, console.width - len(prompt) - 9)]
+        shown = cut(" ".join(text.split()), console.width - visible_width(prompt) - 9)
         console.line(
             f"{console.paint('sample', 'cyan')}  {console.paint(prompt, 'bold')}{text[:1].isspace() * ' '}{shown}"
         )

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from megacore.monitor.console import Console, Phases, bar, human_count, human_time, phase_lines, visible_width
+from megacore.monitor.console import Console, Phases, bar, cut, human_count, human_time, phase_lines, visible_width
 
 
 class Stream(io.StringIO):
@@ -130,3 +130,10 @@ def test_no_phases_no_table():
 
 def test_bar():
     assert (bar(0, 4), bar(1, 4), bar(0.5, 4), bar(1 / 32, 4), bar(7, 4)) == ("", "████", "██", "▏", "████")
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "kept"), [("abc", 3, "abc"), ("abc", 2, "ab"), ("中文字", 5, "中文"), ("a", -1, "")]
+)
+def test_cut_counts_columns(text, width, kept):
+    assert cut(text, width) == kept
