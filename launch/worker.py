@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from megacore.launch.failures import Failure
@@ -83,4 +84,10 @@ def end_with_parent() -> None:
         # Should the fork server be killed, the kernel ends the ranks: the parent takes them for dead and cannot.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # The fork server outlives a killed parent as long as it has children, so the ranks watch the parent themselves.
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=leave_with, args=(parent,), daemon=True).start()
+
+
+def leave_with(parent: BaseProcess) -> None:
+    """Waits for the parent's end and ends this process, whatever its other threads are busy with."""
+    parent.join()
+    os._exit(1)
