@@ -12,8 +12,9 @@ from importlib import import_module
 from pathlib import Path
 
 from megacore.data.files import write_atomic
-from megacore.data.text.blocks import ReadOptions, read_blocks
+from megacore.data.text.blocks import read_blocks
 from megacore.data.text.documents import documents
+from megacore.data.text.options import ReadOptions
 from megacore.data.text.sources import find_sources
 
 NOT_LIBRARY = frozenset(

@@ -83,7 +83,7 @@ def terminal_curve(curves: Curves, width: int = 90, height: int = 14, paint: Pai
         return ["(no finite loss to draw)"]
     left = 7
     canvas = _Canvas(curves, max(width - left - 1, 10), height)
-    canvas.draw_line(points)
+    canvas.draw_line(smooth(points, len(points) // 40))
     ticks = {canvas.row(value): f"{value:g}" for value in nice_ticks(canvas.low, canvas.high, max(height // 2, 2))}
     marks = {canvas.cell(point) for point in curves.val_loss}
     lines = []

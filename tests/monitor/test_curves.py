@@ -1,6 +1,7 @@
 """Loss curves: the series, the drawing in a terminal, the picture."""
 
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -106,3 +107,11 @@ def test_picture(tmp_path, records):
     pixels = image.imread(tmp_path / "new" / "loss.png")
     assert pixels.shape[:2] == (960, 1376)
     assert pixels[..., :3].std() > 0.02
+
+
+def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
+    from megacore.monitor.plots import save_loss_plot
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match=r'pip install "megacore\[plots\]"'):
+        save_loss_plot(curves_of(run(3)), tmp_path / "loss.png", "title")
