@@ -25,6 +25,8 @@ SCREEN_SECONDS = 0.1  # between two updates of a terminal's line
 
 def run_tokenizer(arguments: argparse.Namespace) -> int:
     """Train a tokenizer and show what came out."""
+    if arguments.sample_mb <= 0:
+        raise ValueError(f"--sample-mb {arguments.sample_mb} must be above 0; leave it out for 64")
     console = _console(sys.stderr)
     special = arguments.special_token or list(DataConfig().fim_tokens)
     started = time.monotonic()
@@ -53,8 +55,8 @@ def run_tokenizer(arguments: argparse.Namespace) -> int:
         _print_json(facts)
         return 0
     print(
-        f"wrote {tokenizer.spec}: {tokenizer.vocab_size:,} tokens, {trained.bytes_per_token:.2f} bytes of text per token, "
-        f"{human_time(time.monotonic() - started)}"
+        f"wrote {tokenizer.spec}: {tokenizer.vocab_size:,} tokens, {trained.bytes_per_token:.2f} bytes of text per "
+        f"token, {human_time(time.monotonic() - started)}"
     )
     print(f"next: megacore data prepare --input FILE... --tokenizer {tokenizer.spec} --output PREFIX")
     return 0
@@ -139,6 +141,9 @@ def run_merge(arguments: argparse.Namespace) -> int:
 
 def run_index(arguments: argparse.Namespace) -> int:
     """Build what a run's samples will need and say where it lies."""
+    for name, value in (("seq-len", arguments.seq_len), ("samples", arguments.samples)):
+        if value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1; take the run's (train.seq_len; steps x batch size)")
     config = DataConfig(
         blend=((1.0, arguments.prefix),),
         split=_shares(arguments.shares),

@@ -125,9 +125,32 @@ def _check_output(path: Path, overwrite: bool) -> None:
 
 
 def _train(texts: list[str], vocab_size: int, special_tokens: Sequence[str], room: int) -> bytes:
+    """The trained model, serialised; `room` is what the vocabulary has beside bytes and special tokens."""
+    usual = rare_characters(texts, max(1, room * 3 // 4), COVERAGE)
+    try:
+        return _run_trainer(texts, usual, vocab_size, special_tokens)
+    except _TooLarge:
+        # Too little is left to merge: give tokens to as many characters as fit.
+        try:
+            return _run_trainer(texts, rare_characters(texts, room, 1.0), vocab_size, special_tokens)
+        except _TooLarge as reason:
+            raise ValueError(
+                f"--vocab-size {vocab_size} is too large for this text: it has no more than {reason.possible} tokens; "
+                f"say --vocab-size {reason.possible} or less, or give more text"
+            ) from reason
+
+
+class _TooLarge(Exception):
+    """The text has only `possible` different tokens."""
+
+    def __init__(self, possible: int) -> None:
+        super().__init__(possible)
+        self.possible = possible
+
+
+def _run_trainer(texts: list[str], rare: str, vocab_size: int, special_tokens: Sequence[str]) -> bytes:
     sentencepiece = require("sentencepiece", "training a tokenizer")
     model = io.BytesIO()
-    rare = rare_characters(texts, max(1, room * 3 // 4))
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=sentences(texts, rare),
@@ -153,15 +176,13 @@ def _train(texts: list[str], vocab_size: int, special_tokens: Sequence[str], roo
         too_large = re.search(r"too high .*value <= (\d+)", str(reason))
         if too_large is None:
             raise
-        raise ValueError(
-            f"--vocab-size {vocab_size} is too large for this text: it has no more than {too_large[1]} different "
-            f"tokens; say --vocab-size {too_large[1]} or less, or give more text"
-        ) from reason
+        raise _TooLarge(int(too_large[1])) from reason
     return model.getvalue()
 
 
-def rare_characters(texts: Sequence[str], room: int) -> str:
-    """The characters that get no token of their own: beyond 99.95 % of the text, or beyond the `room` most frequent."""
+def rare_characters(texts: Sequence[str], room: int, coverage: float) -> str:
+    """The characters that get no token of their own: all but the most frequent, at most `room`, that make up `coverage`
+    of the text."""
     counts = np.zeros(0x110000, np.int64)
     for text in texts:
         for start in range(0, len(text), 1 << 20):
@@ -169,7 +190,7 @@ def rare_characters(texts: Sequence[str], room: int) -> str:
             found = np.bincount(codes)
             counts[: len(found)] += found
     order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
-    enough = int(np.searchsorted(np.cumsum(counts[order]), COVERAGE * counts.sum())) + 1
+    enough = int(np.searchsorted(np.cumsum(counts[order]), coverage * counts.sum())) + 1
     return "".join(map(chr, order[min(enough, room) :]))
 
 

@@ -123,10 +123,11 @@ def _text(item: Any, place: int, block: Block, options: ReadOptions) -> str:
 def _parse(line: str, place: int, block: Block) -> Any:
     try:
         return json.loads(line)
-    except ValueError as reason:
+    except json.JSONDecodeError as reason:
+        where = f"{_where(block, place)} is not JSON ({reason.msg} at column {reason.colno}): {_shortened(line)}"
         raise BadInput(
-            f"{_where(block, place)} is not JSON ({reason}): {_shortened(line)}; a JSON lines file has one object per "
-            "line (--format text reads a file as it is, --errors skip leaves such lines out)"
+            f"{where}; a JSON lines file has one object per line (--format text reads a file as it is, --errors skip "
+            "leaves such lines out)"
         ) from reason
 
 
