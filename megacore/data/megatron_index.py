@@ -48,9 +48,7 @@ class MegatronPlan:
         return cls(seq_len, extra, tokens, epochs, total, separate, first if separate else total)
 
 
-def build_megatron_index(
-    lengths: NDArray[np.int32], first: int, last: int, plan: MegatronPlan, seed: int
-) -> Arrays:
+def build_megatron_index(lengths: NDArray[np.int32], first: int, last: int, plan: MegatronPlan, seed: int) -> Arrays:
     """document_index i32 [E * sequences], sample_index [N + 1, 2], shuffle_index u32 or i64 [N].
 
     Args:

@@ -96,6 +96,12 @@ class SampleIndex:
             self._tables.popitem(last=False)
         return self._tables[epoch]
 
+    def build(self, num_samples: int) -> None:
+        """Build the tables that a run of so many samples reads, as far as they are worth a place in the cache."""
+        num_epochs = self.num_epochs(num_samples) if len(self.lengths) >= CACHED_FROM else 1
+        for epoch in range(min(num_epochs, KEPT_TABLES)):
+            self.table(epoch)
+
     def _sequence_keys(self, epoch: int) -> NDArray[np.uint64]:
         return permutation_keys(len(self.lengths), self.seed, self.split, "sequences", epoch)
 

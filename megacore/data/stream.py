@@ -82,12 +82,11 @@ class SampleStream:
             self.blend, self.indices = Blend(weights), [self._own_index(source, notify) for source in self.sources]
 
     def build(self) -> None:
-        """Build now what the run's samples will need, instead of when each epoch begins."""
+        """Build now what the run's samples will need and what takes a while, instead of when each epoch begins."""
         if isinstance(self.blend, Blend):
             for index, count in zip(self.indices, self.blend.counts(self.num_samples), strict=True):
                 if isinstance(index, SampleIndex) and count:
-                    for epoch in range(index.num_epochs(count)):
-                        index.table(epoch)
+                    index.build(count)
 
     def source(self, ordinal: int) -> tuple[int, int, int]:
         """(data set, sample id within it, epoch) of a sample, for a ledger of what was read."""
@@ -145,9 +144,7 @@ class SampleStream:
     def _own_index(self, source: Source, notify: Notify) -> SampleIndex:
         cache = IndexCache(source.cache_folder(self.config), notify)
         lengths = source.dataset.lengths[source.first : source.last]
-        return SampleIndex(
-            lengths, source.first, self.seq_len, self.seed, self.split, source.meta.fingerprint, cache
-        )
+        return SampleIndex(lengths, source.first, self.seq_len, self.seed, self.split, source.meta.fingerprint, cache)
 
     def _megatron_order(
         self, weights: list[float], notify: Notify

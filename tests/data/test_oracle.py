@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.megatron_oracle import open_package
+from megacore.bench.baselines.megatron_core import open_package
 
 torch = pytest.importorskip("torch")
 if not open_package():
