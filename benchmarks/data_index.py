@@ -1,6 +1,6 @@
 """Building sample indices, ours against megatron-core's, in one run: ratios, not absolute times.
 
-    python benchmarks/data_index.py [--rounds 7] [--json]
+python benchmarks/data_index.py [--rounds 7] [--json]
 """
 
 import argparse

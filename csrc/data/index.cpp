@@ -2,7 +2,7 @@
 //
 // Everything here works on numpy arrays and has a twin in megacore/data/fallback.py with the same name, arguments and
 // results. Lengths may be a view into a memory-mapped .idx file, whose integers are not aligned: they are read
-// through `Lengths`, never through a plain pointer.
+// through `View`, never through a plain pointer.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "mersenne_twister.h"
 #include "permutation.h"
 
 namespace py = pybind11;
@@ -22,14 +23,15 @@ namespace {
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
 
-// Sequence lengths that may be unaligned in memory.
-class Lengths {
+// Integers that may be unaligned in memory.
+template <typename T>
+class View {
   public:
-    explicit Lengths(const Array<std::int32_t>& array)
+    explicit View(const Array<T>& array)
         : bytes_(reinterpret_cast<const char*>(array.data())), size_(array.size()) {}
 
     std::int64_t operator[](std::int64_t index) const {
-        std::int32_t value;
+        T value;
         std::memcpy(&value, bytes_ + index * static_cast<std::int64_t>(sizeof(value)), sizeof(value));
         return value;
     }
@@ -39,7 +41,7 @@ class Lengths {
     // Asks for a length ahead of its use: shuffled look-ups otherwise wait for memory one after the other.
     void prefetch(std::int64_t index) const {
 #if defined(__GNUC__) || defined(__clang__)
-        __builtin_prefetch(bytes_ + index * static_cast<std::int64_t>(sizeof(std::int32_t)));
+        __builtin_prefetch(bytes_ + index * static_cast<std::int64_t>(sizeof(T)));
 #else
         (void)index;
 #endif
@@ -49,6 +51,10 @@ class Lengths {
     const char* bytes_;
     std::int64_t size_;
 };
+
+using Lengths = View<std::int32_t>;
+
+constexpr std::int64_t kAhead = 32;  // look-ups in flight; beyond a few dozen more does not help
 
 void require(bool condition, const std::string& message) {
     if (!condition) throw std::invalid_argument(message);
@@ -69,8 +75,6 @@ Array<std::int64_t> permute(std::int64_t size, const Array<std::uint64_t>& keys,
     for (std::int64_t i = 0; i < count; ++i) out[i] = shuffle(first + i);
     return result;
 }
-
-constexpr std::int64_t kAhead = 32;  // look-ups in flight; beyond a few dozen more does not help
 
 Array<std::int64_t> epoch_table(const Array<std::int32_t>& lengths_array, const Array<std::uint64_t>& keys,
                                 std::int64_t stride) {
@@ -124,6 +128,65 @@ Array<std::int64_t> locate(const Array<std::int64_t>& table_array, const Array<s
     Array<std::int64_t> result({static_cast<py::ssize_t>(pieces.size() / 3), py::ssize_t{3}});
     std::copy(pieces.begin(), pieces.end(), result.mutable_data());
     return result;
+}
+
+// One pass over an .idx: the first sequence whose length is negative, the first that does not start where the one before
+// ends, the first document bound that is wrong (-1: none), and a hash of all lengths and bounds.
+py::tuple scan(const Array<std::int32_t>& lengths_array, const Array<std::int64_t>& offsets_array,
+               const Array<std::int64_t>& bounds_array, std::int64_t itemsize) {
+    const Lengths lengths(lengths_array);
+    const View<std::int64_t> offsets(offsets_array), bounds(bounds_array);
+    require(offsets.size() == lengths.size(), "there must be as many offsets as lengths");
+    std::int64_t bad_length = -1, bad_offset = -1, bad_bound = -1, expected = 0, before = 0;
+    std::uint64_t hash = 0, place = 0;
+    for (std::int64_t i = 0; i < lengths.size(); ++i) {
+        const std::int64_t length = lengths[i];
+        if (length < 0 && bad_length < 0) bad_length = i;
+        if (offsets[i] != expected && bad_offset < 0) bad_offset = i;
+        expected = static_cast<std::int64_t>(static_cast<std::uint64_t>(offsets[i]) +
+                                             static_cast<std::uint64_t>(length * itemsize));
+        hash += megacore::mix64(static_cast<std::uint64_t>(length) + megacore::kGolden * ++place);
+    }
+    for (std::int64_t i = 0; i < bounds.size(); ++i) {
+        const std::int64_t bound = bounds[i];
+        const bool right = i == 0 ? bound == 0 : bound >= before;
+        if (!right && bad_bound < 0) bad_bound = i;
+        before = bound;
+        hash += megacore::mix64(static_cast<std::uint64_t>(bound) + megacore::kGolden * ++place);
+    }
+    if (bad_bound < 0 && before != lengths.size()) bad_bound = bounds.size() - 1;
+    return py::make_tuple(bad_length, bad_offset, bad_bound, hash);
+}
+
+// Shuffles in place as numpy's RandomState does, from its Mersenne Twister's state; returns the position in the state.
+template <typename T>
+std::int64_t shuffle(Array<T> values_array, Array<std::uint32_t> state, std::int64_t position) {
+    require(state.size() == megacore::MersenneTwister::kWords, "state must hold 624 words");
+    require(position >= 0 && position <= megacore::MersenneTwister::kWords, "position must lie in the state");
+    require(values_array.size() <= std::numeric_limits<std::uint32_t>::max(), "at most 2^32 - 1 values");
+    megacore::MersenneTwister random(state.mutable_data(), position);
+    T* values = values_array.mutable_data();
+    std::uint32_t chosen[kAhead];
+    std::uint32_t mask = 0;
+    for (std::int64_t last = values_array.size() - 1; last > 0;) {
+        const std::int64_t size = std::min(kAhead, last);
+        for (std::int64_t i = 0; i < size; ++i) {
+            const auto most = static_cast<std::uint32_t>(last - i);
+            if (mask == 0 || (mask >> 1) >= most) {  // the least 2^k - 1 that is not below `most`
+                mask = most;
+                for (int shift = 1; shift < 32; shift *= 2) mask |= mask >> shift;
+            }
+            do {
+                chosen[i] = random.next() & mask;
+            } while (chosen[i] > most);
+#if defined(__GNUC__) || defined(__clang__)
+            __builtin_prefetch(values + chosen[i], 1);
+#endif
+        }
+        for (std::int64_t i = 0; i < size; ++i) std::swap(values[last - i], values[chosen[i]]);
+        last -= size;
+    }
+    return random.position();
 }
 
 // The rows of Megatron's sample index: where each sample starts, as (position in document_index, token offset).
@@ -237,7 +300,12 @@ py::tuple blend_pattern(const Array<std::int64_t>& shares) {
 
 PYBIND11_MODULE(_native, module) {
     module.doc() = "The loops of megacore's sample indices, compiled. Twins in numpy: megacore.data.fallback.";
-    module.attr("INTERFACE") = 1;
+    module.attr("INTERFACE") = 2;
+    module.def("scan", &scan, py::arg("lengths"), py::arg("offsets"), py::arg("bounds"), py::arg("itemsize"));
+    module.def("shuffle", &shuffle<std::int32_t>, py::arg("values").noconvert(), py::arg("state").noconvert(),
+               py::arg("position"));
+    module.def("shuffle", &shuffle<std::uint32_t>, py::arg("values").noconvert(), py::arg("state").noconvert(),
+               py::arg("position"));
     module.def("permute", &permute, py::arg("size"), py::arg("keys"), py::arg("first"), py::arg("count"));
     module.def("epoch_table", &epoch_table, py::arg("lengths"), py::arg("keys"), py::arg("stride"));
     module.def("locate", &locate, py::arg("table"), py::arg("lengths"), py::arg("keys"), py::arg("stride"),

@@ -13,6 +13,8 @@
 
 namespace megacore {
 
+constexpr std::uint64_t kGolden = 0x9e3779b97f4a7c15ULL;  // 2^64 / golden ratio
+
 // The finaliser of splitmix64 (Steele, Lea and Flood, 2014): every bit of the input moves about half of the output.
 inline std::uint64_t mix64(std::uint64_t x) {
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
@@ -48,8 +50,14 @@ class Permutation {
     }
 
     std::uint64_t once(std::uint64_t value) const {
-        std::uint64_t left = value / num_right_;
-        std::uint64_t right = value % num_right_;
+        std::uint64_t left, right;
+        if ((value | num_right_) >> 32) {
+            left = value / num_right_;
+            right = value % num_right_;
+        } else {  // many processors divide 32 bits several times faster
+            left = static_cast<std::uint32_t>(value) / static_cast<std::uint32_t>(num_right_);
+            right = static_cast<std::uint32_t>(value) % static_cast<std::uint32_t>(num_right_);
+        }
         for (std::size_t round = 0; round < num_keys_; round += 2) {
             left = add(left, below(mix64(right + keys_[round]), num_left_), num_left_);
             right = add(right, below(mix64(left + keys_[round + 1]), num_right_), num_right_);

@@ -2,14 +2,14 @@
 
 The name of an entry is a hash over everything that its content depends on, the fingerprint of the data included: data
 that changed simply has no entry yet. An entry is a folder of `.npy` files that appears by one rename, so it is either
-whole or absent. A lock keeps other builders waiting; the kernel frees it when a builder dies, and whoever comes next
+whole or absent; samples of each file are compared with its manifest when it is opened (nothing is forced to disk, which
+would cost more than building, so after a power cut a file may be hollow: it is then built again). A lock keeps other builders waiting; the kernel frees it when a builder dies, and whoever comes next
 clears away what the dead one left.
 """
 
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megacore.data.files import sync_folder
+from megacore.data.files import sampled_digest
 
 Arrays = dict[str, NDArray[Any]]
 Notify = Callable[[str], object]
-FORMAT = 1  # of the entries; part of every key
+FORMAT = 2  # of the entries; part of every key
 MANIFEST = "manifest.json"
 
 
@@ -85,16 +85,13 @@ class IndexCache:
         try:
             temporary.chmod(0o755)  # mkdtemp makes it ours alone; a cache is for everybody who may read the data
             for name, array in arrays.items():
-                with open(temporary / f"{name}.npy", "wb") as file:
-                    np.save(file, array, allow_pickle=False)
-                    file.flush()
-                    os.fsync(file.fileno())
-            manifest = {"key": json.loads(text), "arrays": sorted(arrays)}
+                np.save(temporary / f"{name}.npy", array, allow_pickle=False)
+            digests = {name: sampled_digest(temporary / f"{name}.npy").hex() for name in sorted(arrays)}
+            manifest = {"key": json.loads(text), "arrays": digests}
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
             if entry.exists() and _load(entry) is None:
                 shutil.rmtree(entry)  # damaged
             temporary.rename(entry)
-            sync_folder(self.folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -102,12 +99,14 @@ class IndexCache:
 def _load(entry: Path) -> Arrays | None:
     """The arrays of an entry, mapped read-only; None where it is absent or damaged."""
     try:
-        manifest = json.loads((entry / MANIFEST).read_text("utf-8"))
-        return {
-            name: np.load(entry / f"{name}.npy", mmap_mode="r", allow_pickle=False).view(np.ndarray)
-            for name in manifest["arrays"]
-        }
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        arrays = {}
+        for name, digest in json.loads((entry / MANIFEST).read_text("utf-8"))["arrays"].items():
+            path = entry / f"{name}.npy"
+            if sampled_digest(path).hex() != digest:
+                return None
+            arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        return arrays
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
         return None
 
 

@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: consecutive counters land far apart
-SMALL = 1024  # below this many elements a permutation takes more rounds: few bits per round mix slowly
-NUM_ROUNDS, NUM_ROUNDS_SMALL = 6, 24  # even
+# Rounds of a keyed permutation, even. Four make a Feistel network indistinguishable from chance (Luby and Rackoff, 1988)
+# where the halves are large; few elements mix slowly and get more.
+NUM_ROUNDS, NUM_ROUNDS_SMALL, SMALL = 4, 24, 1024
 
 
 def mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

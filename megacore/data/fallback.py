@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megacore.data.counter import mix64
+from megacore.data.counter import GOLDEN, MASK, mix64
 
-INTERFACE = 1  # of the compiled module: raised when a signature changes, so that a stale build is not used
+INTERFACE = 2  # of the compiled module: raised when a signature changes, so that a stale build is not used
 BLOCK = 1 << 16  # elements worked on at once: bounds memory
 
 Keys = NDArray[np.uint64]
@@ -83,6 +83,52 @@ def locate(table: Ints, lengths: NDArray[np.int32], keys: Keys, stride: int, sta
         pieces.append(np.stack([order, begin - (ends - taken), end - begin], axis=1)[some])
         reached = int(ends[-1])
     return np.concatenate(pieces) if pieces else np.empty((0, 3), np.int64)
+
+
+def scan(lengths: NDArray[np.int32], offsets: Ints, bounds: Ints, itemsize: int) -> tuple[int, int, int, int]:
+    """What is wrong with an `.idx`, and a hash of its content.
+
+    Returns (first sequence of negative length, first that does not start where the one before ends, first wrong
+    document bound, hash); -1 where nothing is wrong.
+    """
+    bad_length = bad_offset = -1
+    digest = expected = 0
+    for first in range(0, len(lengths), BLOCK):
+        sizes = lengths[first : first + BLOCK].astype(np.int64)
+        starts = offsets[first : first + BLOCK]
+        ends = np.concatenate([[expected], starts + sizes * itemsize])
+        bad_length = first + int(np.argmax(sizes < 0)) if bad_length < 0 and sizes.min() < 0 else bad_length
+        wrong = starts != ends[:-1]
+        bad_offset = first + int(np.argmax(wrong)) if bad_offset < 0 and wrong.any() else bad_offset
+        expected = int(ends[-1])
+        digest += _place_hash(sizes, first)
+    wrong = np.diff(bounds, prepend=0) < 0
+    wrong[:1] |= bounds[:1] != 0
+    if not wrong.any() and (bounds[-1] if len(bounds) else 0) != len(lengths):
+        bad_bound = len(bounds) - 1
+    else:
+        bad_bound = int(np.argmax(wrong)) if wrong.any() else -1
+    for first in range(0, len(bounds), BLOCK):
+        digest += _place_hash(bounds[first : first + BLOCK], len(lengths) + first)
+    return bad_length, bad_offset, bad_bound, digest & MASK
+
+
+def _place_hash(values: Ints, first: int) -> int:
+    """Sum of the hashes of (value, place); the first place of all is 1."""
+    places = np.arange(first + 1, first + 1 + len(values), dtype=np.uint64)
+    return int(mix64(values.astype(np.uint64) + places * np.uint64(GOLDEN)).sum(dtype=np.uint64))
+
+
+def shuffle(values: NDArray[Any], state: NDArray[np.uint32], position: int) -> int:
+    """Shuffle [n] int32 or uint32 in place as `RandomState.shuffle` does from this Mersenne Twister state.
+
+    The state [624] is moved on in place; returns the new position in it.
+    """
+    random = np.random.RandomState()
+    random.set_state(("MT19937", state, position))
+    random.shuffle(values)
+    _, state[:], position, *_ = random.get_state(legacy=True)
+    return position
 
 
 def sample_index(

@@ -1,10 +1,14 @@
 """Writing files so that a reader meets either the old content or the new, never a half of it."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+SAMPLED_BLOCKS = 16
+BLOCK_BYTES = 1 << 16
 
 
 def sync_folder(folder: Path) -> None:
@@ -51,3 +55,18 @@ def scratch_folder(target: Path) -> Iterator[Path]:
         raise ValueError(f"cannot write {target}: folder {target.parent}: {reason.strerror}; {fix}") from reason
     with folder as name:
         yield Path(name)
+
+
+def sampled_digest(path: Path) -> bytes:
+    """16 bytes: a hash of a file's size and of 16 blocks of 64 KiB spread evenly over it (all of it up to 1 MiB)."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(size.to_bytes(8, "little"))
+        if size <= SAMPLED_BLOCKS * BLOCK_BYTES:
+            digest.update(file.read())
+        else:
+            for block in range(SAMPLED_BLOCKS):
+                file.seek((size - BLOCK_BYTES) * block // (SAMPLED_BLOCKS - 1))
+                digest.update(file.read(BLOCK_BYTES))
+    return digest.digest()

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from megacore.data import native
 from megacore.data.files import replace_file, scratch_folder, sync_folder
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -73,6 +74,7 @@ class IndexedDataset:
     bounds: NDArray[np.int64]  # [documents + 1] first sequence of each document; last: S
     modes: NDArray[np.int8] | None  # [S]
     tokens: NDArray[Any]  # [num_tokens] the whole .bin
+    index_hash: int  # of lengths and bounds: all that an .idx says
 
     def __init__(self, prefix: str | Path, with_modes: bool = False) -> None:
         self.prefix = str(prefix)
@@ -85,7 +87,7 @@ class IndexedDataset:
         self.offsets = sections.take("<i8", num_sequences)
         self.bounds = sections.take("<i8", num_bounds)
         self.modes = sections.take("<i1", num_sequences) if with_modes else None
-        _check_index(index, self.lengths, self.offsets, self.bounds, self.dtype.itemsize)
+        self.index_hash = _check_index(index, self.lengths, self.offsets, self.bounds, self.dtype.itemsize)
         self.tokens = _map_tokens(index, data, self.dtype, self.num_tokens)
 
     def __len__(self) -> int:
@@ -196,20 +198,18 @@ def _read_header(index: Path, raw: NDArray[np.uint8]) -> tuple[np.dtype[Any], in
 
 def _check_index(
     index: Path, lengths: NDArray[np.int32], offsets: NDArray[np.int64], bounds: NDArray[np.int64], itemsize: int
-) -> None:
+) -> int:
+    """A hash of the index, once it is found to be sound."""
     again = "prepare or copy the data set again"
-    if len(lengths):
-        if int(lengths.min()) < 0:
-            bad = int(lengths.argmin())
-            raise ValueError(f"{index} is damaged: sequence {bad} has length {lengths[bad]}; {again}")
-        ends = offsets + lengths.astype(np.int64) * itemsize
-        wrong = np.flatnonzero(offsets[1:] != ends[:-1])
-        if offsets[0] != 0 or len(wrong):
-            bad = 0 if offsets[0] != 0 else int(wrong[0]) + 1
-            raise ValueError(f"{index} is damaged: sequence {bad} does not start where the one before ends; {again}")
-    if not len(bounds) or bounds[0] != 0 or bounds[-1] != len(lengths) or np.any(bounds[1:] < bounds[:-1]):
+    bad_length, bad_offset, bad_bound, content = native.loops.scan(lengths, offsets, bounds, itemsize)
+    if bad_length >= 0:
+        raise ValueError(f"{index} is damaged: sequence {bad_length} has length {lengths[bad_length]}; {again}")
+    if bad_offset >= 0:
+        raise ValueError(f"{index} is damaged: sequence {bad_offset} does not start where the one before ends; {again}")
+    if bad_bound >= 0 or not len(bounds):
         rule = f"document bounds must rise from 0 to the {len(lengths)} sequences"
         raise ValueError(f"{index} is damaged: {rule}; {again}")
+    return int(content)
 
 
 def _map_tokens(index: Path, data: Path, dtype: np.dtype[Any], num_tokens: int) -> NDArray[Any]:

@@ -55,28 +55,36 @@ def build_megatron_index(lengths: NDArray[np.int32], first: int, last: int, plan
         lengths: [S] tokens of every sequence of the data set.
         first, last: range of the sequences used.
     """
-    random = np.random.RandomState(seed)
-    documents = np.arange(first, last)
+    shuffle = _Shuffler(seed)
+    documents = np.arange(first, last, dtype=np.int32)
     if plan.separate:
-        parts = [_shuffled(np.tile(documents, plan.num_epochs - 1), random), _shuffled(documents, random)]
-        document_index = np.concatenate(parts).astype(np.int32)
+        parts = [shuffle(np.tile(documents, plan.num_epochs - 1)), shuffle(documents)]
+        document_index = np.concatenate(parts)
     else:
-        document_index = _shuffled(np.tile(documents, plan.num_epochs), random).astype(np.int32)
+        document_index = shuffle(np.tile(documents, plan.num_epochs))
     samples = native.loops.sample_index(lengths, document_index, plan.seq_len, plan.num_samples, plan.extra)
     dtype = np.uint32 if plan.num_samples < 2**32 - 2 else np.int64
-    shuffle = [_shuffled(np.arange(plan.num_first), random)]
+    shuffled = shuffle(np.arange(plan.num_first, dtype=dtype))
     if plan.num_samples > plan.num_first:
-        shuffle.append(_shuffled(np.arange(plan.num_first, plan.num_samples), random))
-    return {
-        "document_index": document_index,
-        "sample_index": samples,
-        "shuffle_index": np.concatenate(shuffle).astype(dtype),
-    }
+        rest = shuffle(np.arange(plan.num_first, plan.num_samples, dtype=dtype))
+        shuffled = np.concatenate([shuffled, rest])
+    return {"document_index": document_index, "sample_index": samples, "shuffle_index": shuffled}
 
 
-def _shuffled(values: NDArray[np.int64], random: np.random.RandomState) -> NDArray[np.int64]:
-    random.shuffle(values)  # in place; the order does not depend on the dtype
-    return values
+class _Shuffler:
+    """`numpy.random.RandomState(seed).shuffle`, call after call, through the compiled loop where it can."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = np.random.RandomState(seed)
+
+    def __call__(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Shuffle in place; returns the same array."""
+        if values.dtype.itemsize == 8:
+            self.random.shuffle(values)
+            return values
+        name, state, position, *_ = self.random.get_state(legacy=True)
+        self.random.set_state((name, state, native.loops.shuffle(values, state, position)))
+        return values
 
 
 class MegatronIndex:

@@ -8,11 +8,8 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from megacore.data.files import write_atomic
-from megacore.data.indexed import IndexedDataset, bin_path, idx_path, meta_path
-
-SAMPLED_BLOCKS = 64
-BLOCK_BYTES = 1 << 16
+from megacore.data.files import sampled_digest, write_atomic
+from megacore.data.indexed import IndexedDataset, bin_path, meta_path
 
 
 @dataclass(frozen=True)
@@ -31,8 +28,7 @@ class DataMeta:
     @classmethod
     def derive(cls, dataset: IndexedDataset) -> "DataMeta":
         """What the two files alone say."""
-        content = fingerprint(dataset.prefix)
-        return cls(dataset.num_documents, dataset.num_sequences, dataset.num_tokens, content)
+        return cls(dataset.num_documents, dataset.num_sequences, dataset.num_tokens, fingerprint(dataset))
 
     @classmethod
     def load(cls, dataset: IndexedDataset) -> "DataMeta":
@@ -61,26 +57,15 @@ class DataMeta:
         write_atomic(meta_path(prefix), (json.dumps(asdict(self), indent=2) + "\n").encode())
 
 
-def fingerprint(prefix: str | Path) -> str:
+def fingerprint(dataset: IndexedDataset) -> str:
     """A hash of a data set's content that is quick for any size: 16 bytes in hex.
 
-    All of the `.idx`, and of the `.bin` its size and 64 blocks of 64 KiB spread evenly (so all of it up to 4 MiB).
-    A changed length, order or size always changes it; changed tokens do unless all lie between the blocks.
+    All of the `.idx`, and of the `.bin` its size and some blocks (see `sampled_digest`). A changed length, order or
+    size always changes it; changed tokens do unless all lie between the blocks.
     """
     digest = hashlib.blake2b(digest_size=16)
-    with open(idx_path(prefix), "rb") as index:
-        while chunk := index.read(1 << 24):
-            digest.update(chunk)
-    path = bin_path(prefix)
-    size = path.stat().st_size
-    digest.update(size.to_bytes(8, "little"))
-    with open(path, "rb") as data:
-        if size <= SAMPLED_BLOCKS * BLOCK_BYTES:
-            digest.update(data.read())
-        else:
-            for block in range(SAMPLED_BLOCKS):
-                data.seek((size - BLOCK_BYTES) * block // (SAMPLED_BLOCKS - 1))
-                digest.update(data.read(BLOCK_BYTES))
+    digest.update(f"{dataset.dtype.name} {dataset.num_sequences} {dataset.num_documents} {dataset.index_hash}".encode())
+    digest.update(sampled_digest(bin_path(dataset.prefix)))
     return digest.hexdigest()
 
 

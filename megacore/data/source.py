@@ -23,12 +23,8 @@ class Source:
     meta: DataMeta
     first: int
     last: int
+    num_tokens: int  # of the range
     weight: float
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the range."""
-        return int(self.dataset.lengths[self.first : self.last].sum(dtype=np.int64))
 
     def cache_folder(self, config: DataConfig) -> Path:
         """Where indices of this data set are kept: data.cache, else `PREFIX.index/` beside the data."""
@@ -87,11 +83,11 @@ def _open(prefix: str, weight: float, shares: Sequence[float], split: str) -> So
     if not dataset.num_tokens:
         raise ValueError(f"{prefix} holds no tokens; prepare a corpus with text in it")
     first, last = split_range(shares, dataset.num_sequences, split, prefix)
-    source = Source(dataset, DataMeta.load(dataset), first, last, weight)
-    if not source.num_tokens:
+    num_tokens = int(dataset.lengths[first:last].sum(dtype=np.int64))
+    if not num_tokens:
         rule = f"the {last - first} documents that data.split={list(shares)} gives {split} hold no tokens"
         raise ValueError(f"{prefix}: {rule}; raise the {split} share, or leave out empty documents")
-    return source
+    return Source(dataset, DataMeta.load(dataset), first, last, num_tokens, weight)
 
 
 def _check_agreement(sources: list[Source], vocab_size: int) -> None:

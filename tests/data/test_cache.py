@@ -66,13 +66,16 @@ def test_builder_killed_while_others_wait(tmp_path: Path) -> None:
     assert codes[0] in (0, -signal.SIGKILL) and codes[1:] == [0, 0]
 
 
-@pytest.mark.parametrize("damage", ["truncated array", "missing array", "bad manifest"])
+@pytest.mark.parametrize("damage", ["truncated array", "hollow array", "missing array", "bad manifest"])
 def test_damaged_entry_is_built_again(tmp_path: Path, damage: str) -> None:
     folder, log = str(tmp_path / "cache"), str(tmp_path / "log")
     check(folder, log)
     [array] = (tmp_path / "cache").glob("*/a.npy")
     if damage == "truncated array":
         array.write_bytes(array.read_bytes()[:-1])
+    elif damage == "hollow array":
+        whole = array.read_bytes()
+        array.write_bytes(whole[:128] + bytes(len(whole) - 128))
     elif damage == "missing array":
         array.unlink()
     else:

@@ -179,6 +179,53 @@ def test_blend_megatron(loops: ModuleType, weights: list[float], size: int) -> N
         counts[datasets[i]] += 1
 
 
+@both
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 9), max_size=20), st.lists(st.integers(0, 5), max_size=5), st.integers(0, 3), st.data())
+def test_scan(loops: ModuleType, lengths: list[int], parts: list[int], fault: int, data) -> None:
+    offsets = [2 * sum(lengths[:i]) for i in range(len(lengths))]
+    bounds = [0, *sorted(min(part, len(lengths)) for part in parts), len(lengths)]
+    sound = (unaligned(lengths), np.array(offsets, np.int64), np.array(bounds, np.int64), 2)
+    assert loops.scan(*sound)[:3] == (-1, -1, -1)
+    assert len({other.scan(*sound)[3] for other in BACKENDS}) == 1
+    place = data.draw(st.integers(0, len(lengths) - 1)) if lengths else 0
+    if fault == 0 and lengths:
+        lengths[place] = -1
+        assert loops.scan(unaligned(lengths), *sound[1:])[0] == place
+    elif fault == 1 and lengths:
+        offsets[place] += 2
+        assert loops.scan(sound[0], np.array(offsets, np.int64), *sound[2:])[1] == place
+    elif fault == 2:
+        place = data.draw(st.integers(0, len(bounds) - 1))
+        bounds[place] = -1
+        found = [other.scan(*sound[:2], np.array(bounds, np.int64), 2)[2] for other in BACKENDS]
+        assert found == [place] * len(BACKENDS)
+    else:
+        found = [other.scan(*sound[:2], np.array([*bounds, len(lengths) + 1], np.int64), 2) for other in BACKENDS]
+        assert all(one == found[0] for one in found) and found[0][2] == len(bounds)
+
+
+def test_scan_hash_sees_order() -> None:
+    def content(lengths: list[int]) -> int:
+        offsets = np.cumsum([0, *lengths[:-1]], dtype=np.int64)
+        return native.loops.scan(unaligned(lengths), offsets, np.array([0, len(lengths)], np.int64), 1)[3]
+
+    assert len({content(lengths) for lengths in ([1, 2, 3], [2, 1, 3], [3, 2, 1], [1, 2, 4], [6], [1, 2, 3, 0])}) == 6
+
+
+@both
+@pytest.mark.parametrize("dtype", [np.int32, np.uint32])
+def test_shuffle_is_that_of_numpy(loops: ModuleType, dtype: type) -> None:
+    ours, theirs = np.random.RandomState(7), np.random.RandomState(7)
+    for size in (0, 1, 2, 3, 31, 32, 33, 1000, 65_537):
+        values, expected = np.arange(size, dtype=dtype), np.arange(size)
+        name, state, position, *_ = ours.get_state(legacy=True)
+        ours.set_state((name, state, loops.shuffle(values, state, position)))
+        theirs.shuffle(expected)
+        assert np.array_equal(values, expected)
+    assert ours.randint(10**9) == theirs.randint(10**9)
+
+
 def test_counter_is_stable() -> None:
     """Frozen values: if they change, every run's order changes."""
     assert hash_key(1234, "train", "samples", 0) == 3722758396977528092

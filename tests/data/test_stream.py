@@ -209,10 +209,10 @@ def test_facts_beside_the_data(make_data, tmp_path: Path) -> None:
 
 def test_changed_data_is_noticed(make_data) -> None:
     prefix = make_data([[1, 2, 3], [4, 5]])
-    before = fingerprint(prefix)
+    before = fingerprint(IndexedDataset(prefix))
     describe(prefix, eod=EOD)
     Path(prefix + ".bin").write_bytes(np.array([1, 2, 3, 4, 6], "<u2").tobytes())  # the same size
-    assert fingerprint(prefix) != before
+    assert fingerprint(IndexedDataset(prefix)) != before
     with pytest.raises(ValueError, match="describes other content"):
         open_stream(config_of(prefix))
     make_data([[1, 2, 3], [4, 5]])  # the writer removes the old facts
