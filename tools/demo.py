@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megacore import __version__
 from megacore.config.load import load
 from megacore.config.resolve import resolve
 from megacore.config.schema import RunConfig
@@ -194,7 +195,7 @@ class Demo:
         """Stage 3: tokens in a memory-mapped .bin/.idx pair."""
         self.title(3, "Dataset")
         prefix = self.out / "data" / "corpus"
-        inputs = [self.stamps.made["tokenizer"]]
+        inputs = [self.stamps.made["tokenizer"], __version__]
         results = [prefix.with_suffix(suffix) for suffix in (".bin", ".idx")]
         if self.unchanged("dataset", inputs, *results):
             self.result("token ids, memory-mapped", results[0])
