@@ -24,18 +24,26 @@ sys.exit(code)
 """
 
 
+def cpu_seconds(*command):
+    """(processor time, result) of the best of three runs: other work on the machine can only add time."""
+    runs = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=60)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        runs.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(runs), done
+
+
 @pytest.mark.parametrize("words", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
 def test_help_is_quick_and_light(words):
-    seconds = []
-    for _ in range(3):  # the best of three: other work on the machine can only add time
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([sys.executable, "-c", PROBE, *words], capture_output=True, text=True, timeout=60)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    seconds, done = cpu_seconds("-c", PROBE, *words)
     assert done.returncode == 0, done.stderr
     assert done.stdout
     assert done.stderr.splitlines()[-1] == "heavy:"
-    assert min(seconds) < MAX_SECONDS
+    # A machine that is slow or busy just now takes longer even to import argparse, which is 15 ms of those 300.
+    bare, _ = cpu_seconds("-c", "import argparse")
+    assert seconds < max(MAX_SECONDS, 20 * bare)
 
 
 @pytest.mark.parametrize(
