@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -59,18 +60,14 @@ def oracle_build(prefix: str, case: Case, num_samples: int, folder: Path) -> Cal
     gpt = import_module("megatron.core.datasets.gpt_dataset")
     indexed = import_module("megatron.core.datasets.indexed_dataset")
     split = import_module("megatron.core.datasets.utils").Split.train
-
-    class Tokenizer:
-        vocab_size, eod, pad = 50000, 0, -1
-        unique_identifiers: dict[str, str] = {}
-
+    tokenizer = SimpleNamespace(vocab_size=50000, eod=0, pad=-1, unique_identifiers={})
     config = gpt.GPTDatasetConfig(
         random_seed=SEED,
         sequence_length=case.seq_len,
         blend=([prefix], None),
         split="1,0,0",
         path_to_cache=str(folder),
-        tokenizer=Tokenizer(),
+        tokenizer=tokenizer,
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,

@@ -2,9 +2,9 @@
 
 The name of an entry is a hash over everything that its content depends on, the fingerprint of the data included: data
 that changed simply has no entry yet. An entry is a folder of `.npy` files that appears by one rename, so it is either
-whole or absent; samples of each file are compared with its manifest when it is opened (nothing is forced to disk, which
-would cost more than building, so after a power cut a file may be hollow: it is then built again). A lock keeps other builders waiting; the kernel frees it when a builder dies, and whoever comes next
-clears away what the dead one left.
+whole or absent. Nothing is forced to disk, which would cost more than building does; so after a power cut a file may
+be hollow, and samples of each are compared with the manifest before it is used. A lock keeps other builders waiting;
+the kernel frees it when a builder dies, and whoever comes next clears away what the dead one left.
 """
 
 import fcntl

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: consecutive counters land far apart
-# Rounds of a keyed permutation, even. Four make a Feistel network indistinguishable from chance (Luby and Rackoff, 1988)
-# where the halves are large; few elements mix slowly and get more.
+# Rounds of a keyed permutation, even. Four make a Feistel network indistinguishable from chance where its halves are
+# large (Luby and Rackoff, 1988); few elements mix slowly and get more.
 NUM_ROUNDS, NUM_ROUNDS_SMALL, SMALL = 4, 24, 1024
 
 

@@ -125,10 +125,13 @@ def shuffle(values: NDArray[Any], state: NDArray[np.uint32], position: int) -> i
     The state [624] is moved on in place; returns the new position in it.
     """
     random = np.random.RandomState()
-    random.set_state(("MT19937", state, position))
+    whole = random.get_state(legacy=False)
+    whole["state"] = {"key": state, "pos": position}
+    random.set_state(whole)
     random.shuffle(values)
-    _, state[:], position, *_ = random.get_state(legacy=True)
-    return position
+    moved = random.get_state(legacy=False)["state"]
+    state[:] = moved["key"]
+    return int(moved["pos"])
 
 
 def sample_index(

@@ -16,7 +16,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, BinaryIO, Self
 
 import numpy as np
@@ -28,10 +28,11 @@ from megacore.data.files import replace_file, scratch_folder, sync_folder
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
-DTYPES: dict[int, np.dtype[Any]] = {
-    code: np.dtype(name) for code, name in enumerate(("<u1", "<i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2"), start=1)
-}
-DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+DTYPES = MappingProxyType(
+    {1: np.dtype("<u1"), 2: np.dtype("<i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4")}
+    | {5: np.dtype("<i8"), 6: np.dtype("<f8"), 7: np.dtype("<f4"), 8: np.dtype("<u2")}
+)
+DTYPE_CODES = MappingProxyType({dtype: code for code, dtype in DTYPES.items()})
 MAX_LENGTH = 2**31 - 1  # lengths are stored as int32
 MAX_U16_VOCAB = 65500  # Megatron's bound for two-byte tokens; equal bytes need the equal bound
 

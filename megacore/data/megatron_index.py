@@ -82,8 +82,10 @@ class _Shuffler:
         if values.dtype.itemsize == 8:
             self.random.shuffle(values)
             return values
-        name, state, position, *_ = self.random.get_state(legacy=True)
-        self.random.set_state((name, state, native.loops.shuffle(values, state, position)))
+        whole = self.random.get_state(legacy=False)
+        twister = whole["state"]
+        twister["pos"] = native.loops.shuffle(values, twister["key"], twister["pos"])
+        self.random.set_state(whole)
         return values
 
 
