@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from megacore.kernels import fused, reference
+from megacore.kernels import fused, linear, reference
+from megacore.kernels.linear import LinearKernel
 
 Function = Callable[..., Any]
 
@@ -21,7 +22,7 @@ class Kernel:
 
     operation: str
     backend: str
-    function: Function
+    function: Any
     refuses: Callable[[torch.device, torch.dtype], str] = lambda device, dtype: ""
 
 
@@ -29,6 +30,7 @@ class Kernel:
 class Kernels:
     """The chosen implementations; signatures are those of ``reference``."""
 
+    linear: LinearKernel
     rms_norm: Function
     layer_norm: Function
     rope: Function
@@ -50,7 +52,9 @@ class Choice:
 
 
 TABLE: tuple[Kernel, ...] = (
-    Kernel("rms_norm", "torch", fused.rms_norm),
+    Kernel("linear", "onednn", linear.ONEDNN, linear.onednn_refuses),
+    Kernel("linear", "torch", linear.REFERENCE),
+    Kernel("rms_norm", "fused", fused.rms_norm),
     Kernel("rms_norm", "reference", reference.rms_norm),
     Kernel("layer_norm", "torch", fused.layer_norm),
     Kernel("layer_norm", "reference", reference.layer_norm),
@@ -79,7 +83,7 @@ def resolve(
     operations = tuple(dict.fromkeys(kernel.operation for kernel in TABLE))
     if unknown := set(wanted).difference(operations):
         raise ValueError(f"kernels: {sorted(unknown)} are not operations; there are {list(operations)}")
-    chosen: dict[str, Function] = {}
+    chosen: dict[str, Any] = {}
     choices = []
     for operation in operations:
         candidates = [kernel for kernel in TABLE if kernel.operation == operation]

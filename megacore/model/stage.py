@@ -14,7 +14,7 @@ from megacore.model.inputs import Inputs, Shared
 from megacore.model.masks import attention_mask
 from megacore.model.norm import make_norm
 from megacore.model.positions import alibi_slopes, rope_angles
-from megacore.parallel.cross_entropy import Vocabulary, vocab_parallel_cross_entropy
+from megacore.parallel.cross_entropy import Vocabulary, linear_cross_entropy
 from megacore.parallel.dropout import dropout
 from megacore.parallel.embedding import PositionEmbedding, VocabParallelEmbedding
 from megacore.parallel.linear import ColumnParallelLinear, column_parallel
@@ -81,7 +81,7 @@ class Stage(nn.Module):
         super().__init__()
         self.model, self.tp, self.objective, self.first, self.last = model, tp, objective, first, last
         vocab_split = make.specs["embedding.tokens.weight"].pieces(tp.group.rank, tp.group.size)
-        self.vocab = Vocabulary(model.vocab_size, vocab_split[0] if vocab_split else None, tp.group)
+        self.vocab = Vocabulary(model.vocab_size, vocab_split[0] if vocab_split else None)
         self.dtype, self.device = make.dtype, make.device
         if first:
             self.embedding = Embedding(model, make.below("embedding"), self.vocab, tp, make.seed)
@@ -109,19 +109,21 @@ class Stage(nn.Module):
 
     def logits(self, x_th: Tensor) -> Tensor:
         """This rank's part of the vocabulary, [t, v] (all tokens, also under sequence parallelism)."""
-        x_th = self.final_norm(x_th)
-        if self.head is not None:
-            return self.head(x_th)
-        return column_parallel(x_th, self.embedding.tokens.weight, self.tp)
+        return column_parallel(self.final_norm(x_th), self.output_vh, self.tp)
 
     def loss(self, inputs: Inputs, x_th: Tensor) -> Loss:
         """The microbatch's loss sums."""
-        loss_t, z_t = vocab_parallel_cross_entropy(
-            self.logits(x_th), inputs.label_bs.reshape(-1), self.vocab, self.objective.label_smoothing
-        )
+        label_t, smoothing = inputs.label_bs.reshape(-1), self.objective.label_smoothing
+        x_th = self.final_norm(x_th)
+        loss_t, z_t = linear_cross_entropy(x_th, self.output_vh, label_t, self.vocab, self.tp, smoothing)
         cross_entropy = loss_t.sum()
         total = cross_entropy + self.objective.z_loss * z_t.sum() if self.objective.z_loss else cross_entropy
         return Loss(total, cross_entropy.detach(), inputs.num_targets)
+
+    @property
+    def output_vh(self) -> Tensor:
+        """This rank's rows of the output matrix; the embedding's where they are tied."""
+        return self.embedding.tokens.weight if self.head is None else self.head.weight
 
     def shared(self, inputs: Inputs) -> Shared:
         """What the blocks share of this microbatch."""

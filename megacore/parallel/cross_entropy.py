@@ -1,16 +1,19 @@
-"""Cross-entropy over a vocabulary that is split over tp, without ever gathering the logits (Shoeybi et al. 2019,
-section 3).
+"""Output matrix and cross-entropy in one, over a vocabulary that is split over tp (Shoeybi et al. 2019, section 3).
 
 With l the logits of a token, y its target, Z = sum exp(l), V the vocabulary and e the label smoothing:
 
     loss = log Z - (1 - e) l_y - e mean(l)          z = (log Z)^2  (PaLM, section 5)
 
-Each rank exponentiates against the largest of *its own* logits, in one pass, and only vectors of one number per token
-travel: the largest logit (max), then the sums of exp, of the target's logit and, with smoothing, of all logits.
-Backward needs softmax = exp(l - own max) * exp(own max - max) / Z, so the exponentials are kept in the logits' place.
+Logits are never gathered. Each rank exponentiates against the largest of *its own* logits, and only vectors of one
+number per token travel: the largest logit (max), then the sums of exp, of the target's logit and, with smoothing, of all
+logits. Backward needs softmax = exp(l - own max) * exp(own max - max) / Z, so the exponentials take the logits' place,
+and the logits' gradient takes theirs.
+
+On the way, tokens go in chunks through the matrix product and the passes over its result, so that a chunk's logits
+are still in cache; and all microbatches use one piece of memory, the largest a step needs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,90 +22,146 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from megacore.layout.partition import Piece
-from megacore.mesh.collectives import all_reduce
-from megacore.mesh.group import Group
+from megacore.mesh.collectives import all_gather, all_gather_start, all_reduce, all_reduce_start, reduce_scatter_start
+from megacore.parallel.tensor import TensorParallel
+from megacore.parallel.wgrad import accumulate_linear
 
 IGNORE = -100
 """Label of a token that is not a target."""
 
-CHUNK = 1 << 16
-"""Logits handled at once, so that a chunk's passes stay in cache."""
+CHUNK = 1 << 20
+"""Logits that go through a chunk at once."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The whole vocabulary's size, the rows this rank holds, and the group that holds the others."""
+    """The whole vocabulary's size, the rows that this rank holds (None: there are more ranks than rows), and memory
+    for logits that is not in use."""
 
     size: int
     piece: Piece | None
-    group: Group
+    spare: list[Tensor] = field(default_factory=list, repr=False)
+
+    @property
+    def first_row(self) -> int:
+        """The first row this rank holds."""
+        return self.piece.start if self.piece else 0
+
+    def take(self, num_tokens: int, like_vh: Tensor) -> Tensor:
+        """Memory for logits [t, v]; to be given back to ``spare``."""
+        shape = (num_tokens, like_vh.shape[0])
+        for place, tensor in enumerate(self.spare):
+            if tensor.shape == shape:
+                return self.spare.pop(place)
+        self.spare.clear()
+        return like_vh.new_empty(shape)
 
 
-class _CrossEntropy(Function):
+class _LinearCrossEntropy(Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_tv: Tensor, label_t: Tensor, vocab: Vocabulary, smoothing: float
+        ctx: Any,
+        x_th: Tensor,
+        weight_vh: Tensor,
+        label_t: Tensor,
+        vocab: Vocabulary,
+        tp: TensorParallel,
+        smoothing: float,
     ) -> tuple[Tensor, Tensor]:
-        start, size = (vocab.piece.start, vocab.piece.size) if vocab.piece else (0, 0)
-        local_t = label_t - start
-        inside_t = (local_t >= 0) & (local_t < size)
-        local_t = local_t.clamp(0, max(size - 1, 0))
-        own_max_t, parts = _exponentiate(logits_tv, local_t, inside_t, smoothing > 0)
-        max_t = all_reduce(own_max_t.clone(), vocab.group, "max") if vocab.group.size > 1 else own_max_t
+        whole_th = all_gather(x_th, tp.group) if tp.sequence else x_th
+        local_t = label_t - vocab.first_row
+        inside_t = (local_t >= 0) & (local_t < weight_vh.shape[0])
+        local_t = local_t.clamp(0, max(weight_vh.shape[0] - 1, 0))
+        exp_tv = vocab.take(len(whole_th), weight_vh)
+        own_max_t, parts = _exponentials(exp_tv, whole_th, weight_vh, local_t, inside_t, tp, smoothing > 0)
+        max_t = all_reduce(own_max_t.clone(), tp.group, "max")
         # a rank without rows has -inf as its own maximum, and exp(-inf - max) = 0 is its weight
         rescale_t = torch.exp(own_max_t - max_t)
         parts[0] *= rescale_t
-        parts = all_reduce(parts, vocab.group)
+        parts = all_reduce(parts, tp.group)
         log_z_t = parts[0].log().add_(max_t)
         loss_t = log_z_t - (1 - smoothing) * parts[1]
         if smoothing:
             loss_t -= smoothing / vocab.size * parts[2]
         valid_t = label_t != IGNORE
-        loss_t *= valid_t
-        ctx.save_for_backward(logits_tv, local_t, inside_t, valid_t, log_z_t, rescale_t / parts[0])
-        ctx.smoothing, ctx.vocab = smoothing, vocab
-        return loss_t, log_z_t.square() * valid_t
+        ctx.save_for_backward(
+            x_th if tp.regather else whole_th, local_t, inside_t, valid_t, log_z_t, rescale_t / parts[0]
+        )
+        ctx.exp_tv, ctx.weight, ctx.vocab, ctx.tp, ctx.smoothing = exp_tv, weight_vh, vocab, tp, smoothing
+        if not any(ctx.needs_input_grad):
+            vocab.spare.append(exp_tv)
+        return loss_t * valid_t, log_z_t.square() * valid_t
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss_t: Tensor, grad_z_t: Tensor) -> tuple[Tensor, None, None, None]:
-        exp_tv, local_t, inside_t, valid_t, log_z_t, to_softmax_t = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad_loss_t: Tensor, grad_z_t: Tensor
+    ) -> tuple[Tensor, Tensor | None, None, None, None, None]:
+        x_th, local_t, inside_t, valid_t, log_z_t, to_softmax_t = ctx.saved_tensors
+        exp_tv, weight_vh, tp, smoothing = ctx.exp_tv, ctx.weight, ctx.tp, ctx.smoothing
+        gathering = all_gather_start(x_th, tp.group) if tp.sequence and tp.regather else None
         grad_loss_t = grad_loss_t * valid_t
-        softmax_share_t = (grad_loss_t + 2 * log_z_t * grad_z_t * valid_t) * to_softmax_t
-        exp_tv.mul_(softmax_share_t[:, None])
-        if ctx.smoothing:
-            exp_tv.sub_(grad_loss_t[:, None], alpha=ctx.smoothing / ctx.vocab.size)
-        if exp_tv.shape[1]:
-            target_t = (1 - ctx.smoothing) * grad_loss_t * inside_t
-            exp_tv.scatter_add_(1, local_t[:, None], -target_t[:, None])
-        return exp_tv, None, None, None
+        softmax_t = (grad_loss_t + 2 * log_z_t * grad_z_t * valid_t) * to_softmax_t
+        target_t = (1 - smoothing) * grad_loss_t * inside_t
+        spread_t = smoothing / ctx.vocab.size * grad_loss_t if smoothing else None
+        grad_th = weight_vh.new_empty(len(exp_tv), weight_vh.shape[1])
+        for rows in _chunks(exp_tv):
+            chunk = exp_tv[rows].mul_(softmax_t[rows, None])
+            if spread_t is not None:
+                chunk.sub_(spread_t[rows, None])
+            if chunk.shape[1]:
+                chunk.scatter_add_(1, local_t[rows, None], -target_t[rows, None])
+            grad_th[rows] = tp.linear.dgrad(chunk, weight_vh)
+        start = reduce_scatter_start if tp.sequence else all_reduce_start
+        summing = start(grad_th, tp.group)
+        if gathering is not None:
+            x_th = gathering.wait()
+        grad_weight = accumulate_linear(tp.linear, weight_vh, x_th, exp_tv)
+        ctx.vocab.spare.append(exp_tv)
+        ctx.exp_tv = None
+        return summing.wait(), grad_weight, None, None, None, None
 
 
-def _exponentiate(logits_tv: Tensor, local_t: Tensor, inside_t: Tensor, want_sum: bool) -> tuple[Tensor, Tensor]:
-    """Replace the logits by exp(l - own max); return own max [t] and the parts [2 or 3, t]: sum exp, target logit, sum."""
-    num_tokens, num_rows = logits_tv.shape
-    parts = logits_tv.new_zeros(3 if want_sum else 2, num_tokens)
-    own_max_t = logits_tv.new_full((num_tokens,), -torch.inf)
-    if not num_rows:
+def _exponentials(
+    exp_tv: Tensor,
+    x_th: Tensor,
+    weight_vh: Tensor,
+    local_t: Tensor,
+    inside_t: Tensor,
+    tp: TensorParallel,
+    want_sum: bool,
+) -> tuple[Tensor, Tensor]:
+    """Fill exp [t, v] with exp(logit - own max); own max [t] and [2 or 3, t]: sum of exp, target's logit, sum of logits."""
+    parts = x_th.new_zeros(3 if want_sum else 2, len(x_th))
+    own_max_t = x_th.new_full((len(x_th),), -torch.inf)
+    if not exp_tv.shape[1]:
         return own_max_t, parts
-    parts[1] = logits_tv.gather(1, local_t[:, None]).squeeze(1) * inside_t
-    step = max(1, CHUNK // num_rows)
-    for start in range(0, num_tokens, step):
-        chunk = logits_tv[start : start + step]
+    for rows in _chunks(exp_tv):
+        logits = tp.linear.forward(x_th[rows], weight_vh)
+        parts[1, rows] = logits.gather(1, local_t[rows, None]).squeeze(1) * inside_t[rows]
         if want_sum:
-            parts[2, start : start + step] = chunk.sum(1)
-        largest = own_max_t[start : start + step]
-        torch.amax(chunk, 1, out=largest)
-        chunk.sub_(largest[:, None]).exp_()
-        torch.sum(chunk, 1, out=parts[0, start : start + step])
+            parts[2, rows] = logits.sum(1)
+        own_max_t[rows] = logits.amax(1)
+        chunk = torch.sub(logits, own_max_t[rows, None], out=exp_tv[rows]).exp_()
+        parts[0, rows] = chunk.sum(1)
     return own_max_t, parts
 
 
-def vocab_parallel_cross_entropy(
-    logits_tv: Tensor, label_t: Tensor, vocab: Vocabulary, label_smoothing: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Per token: the loss [t] and the squared log-partition z [t]; both 0 where the label is IGNORE.
+def _chunks(exp_tv: Tensor) -> list[slice]:
+    step = max(1, CHUNK // max(1, exp_tv.shape[1]))
+    return [slice(start, start + step) for start in range(0, len(exp_tv), step)]
 
-    logits [t, v]: this rank's part of the vocabulary. They are overwritten: a caller must not use them afterwards.
+
+def linear_cross_entropy(
+    x_th: Tensor,
+    weight_vh: Tensor,
+    label_t: Tensor,
+    vocab: Vocabulary,
+    tp: TensorParallel,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Per token: the loss [t] and the squared log-partition z [t] of the logits x w^T; both 0 where the label is IGNORE.
+
+    x [t, h] (a run of the tokens under sequence parallelism), weight [v, h] this rank's rows, labels [t] of all tokens.
     """
-    return _CrossEntropy.apply(logits_tv, label_t, vocab, label_smoothing)
+    return _LinearCrossEntropy.apply(x_th, weight_vh, label_t, vocab, tp, label_smoothing)

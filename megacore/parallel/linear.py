@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
 from megacore.mesh.collectives import (
     all_gather,
@@ -36,19 +35,20 @@ class _ColumnParallel(Function):
         whole_ti = all_gather(x_ti, tp.group) if tp.sequence else x_ti
         ctx.save_for_backward(x_ti if tp.regather else whole_ti)
         ctx.weight, ctx.bias, ctx.tp = weight_oi, bias_o, tp
-        return linear(whole_ti, weight_oi, bias_o)
+        y_to = tp.linear.forward(whole_ti, weight_oi)
+        return y_to if bias_o is None else y_to.add_(bias_o)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_to: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         (x_ti,), tp = ctx.saved_tensors, ctx.tp
         gathering = all_gather_start(x_ti, tp.group) if tp.sequence and tp.regather else None
-        grad_ti = grad_to @ ctx.weight
+        grad_ti = tp.linear.dgrad(grad_to, ctx.weight)
         start = reduce_scatter_start if tp.sequence else all_reduce_start
         summing = start(grad_ti, tp.group)
         if gathering is not None:
             x_ti = gathering.wait()
-        grad_weight = accumulate_linear(ctx.weight, x_ti, grad_to)
+        grad_weight = accumulate_linear(tp.linear, ctx.weight, x_ti, grad_to)
         grad_bias = None if ctx.bias is None else accumulate_bias(ctx.bias, grad_to)
         return summing.wait(), grad_weight, grad_bias, None
 
@@ -58,7 +58,7 @@ class _RowParallel(Function):
     def forward(ctx: Any, x_ti: Tensor, weight_oi: Tensor, bias_o: Tensor | None, tp: TensorParallel) -> Tensor:
         ctx.save_for_backward(x_ti)
         ctx.weight, ctx.bias, ctx.tp = weight_oi, bias_o, tp
-        y_to = (reduce_scatter if tp.sequence else all_reduce)(linear(x_ti, weight_oi), tp.group)
+        y_to = (reduce_scatter if tp.sequence else all_reduce)(tp.linear.forward(x_ti, weight_oi), tp.group)
         return y_to if bias_o is None else y_to.add_(bias_o)
 
     @staticmethod
@@ -66,8 +66,8 @@ class _RowParallel(Function):
     def backward(ctx: Any, grad_to: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         (x_ti,), tp = ctx.saved_tensors, ctx.tp
         whole_to = all_gather(grad_to, tp.group) if tp.sequence else grad_to
-        grad_ti = whole_to @ ctx.weight
-        grad_weight = accumulate_linear(ctx.weight, x_ti, whole_to)
+        grad_ti = tp.linear.dgrad(whole_to, ctx.weight)
+        grad_weight = accumulate_linear(tp.linear, ctx.weight, x_ti, whole_to)
         grad_bias = None if ctx.bias is None else accumulate_bias(ctx.bias, grad_to)
         return grad_ti, grad_weight, grad_bias, None
 

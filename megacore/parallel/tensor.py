@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megacore.kernels.linear import REFERENCE, LinearKernel
 from megacore.mesh.group import Group
 
 
@@ -10,12 +11,14 @@ class TensorParallel:
     """The group, and how activations outside the matrices lie over it.
 
     With ``sequence`` each rank holds a run of the microbatch's tokens there, not all of them; with ``regather`` a
-    column-parallel layer keeps only its shard of the input for backward and gathers it once more.
+    column-parallel layer keeps only its shard of the input for backward and gathers it once more. ``linear`` is the
+    matrix product that the layers use.
     """
 
     group: Group
     sequence: bool = False
     regather: bool = False
+    linear: LinearKernel = REFERENCE
 
     @classmethod
     def single(cls) -> "TensorParallel":

@@ -2,8 +2,10 @@
 
 from torch import Tensor
 
+from megacore.kernels.linear import LinearKernel
 
-def accumulate_linear(weight: Tensor, x_ti: Tensor, grad_to: Tensor) -> Tensor | None:
+
+def accumulate_linear(kernel: LinearKernel, weight: Tensor, x_ti: Tensor, grad_to: Tensor) -> Tensor | None:
     """Weight gradient of y = x w^T. x [t, in], grad [t, out] -> w's [out, in].
 
     Where ``weight.grad`` is there already (a view of the flat gradient buffer), the product is added to it by the GEMM
@@ -11,7 +13,7 @@ def accumulate_linear(weight: Tensor, x_ti: Tensor, grad_to: Tensor) -> Tensor |
     """
     if weight.grad is None:
         return grad_to.t() @ x_ti
-    weight.grad.addmm_(grad_to.t(), x_ti)
+    kernel.wgrad(weight.grad, x_ti, grad_to)
     return None
 
 

@@ -66,7 +66,8 @@ def build(
     dtype = dict(DTYPES)[config.precision.dtype]
     kernels, choices = resolve(device, dtype)
     with phases.time("model"):
-        tp = TensorParallel(mesh.tp, config.parallel.sequence_parallel, config.parallel.regather_inputs)
+        parallel = config.parallel
+        tp = TensorParallel(mesh.tp, parallel.sequence_parallel, parallel.regather_inputs, kernels.linear)
         spec = ModelSpec.of(config.model, tp.sequence)
         make = ParameterMaker(spec.by_name, mesh.tp, device, dtype, config.train.seed)
         objective = Objective(config.train.label_smoothing, config.train.z_loss)

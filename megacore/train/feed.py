@@ -13,7 +13,7 @@ from megacore.model.inputs import Inputs
 
 
 class Feed:
-    """The microbatches of each step for one data-parallel rank: a function of the step and the samples' ordinals alone."""
+    """The microbatches of each step for one data-parallel rank: a function of the step and sample ordinals alone."""
 
     def __init__(self, stream: SampleStream, plan: BatchPlan, dp: Group, device: torch.device) -> None:
         self.stream, self.plan, self.dp, self.device = stream, plan, dp, device

@@ -58,7 +58,7 @@ class Loop:
         self.late: Late | None = None
 
     def run(self) -> None:
-        """All steps; each step's figures are read and written one step later, so the device never waits for the host."""
+        """All steps; each step's figures are read and written one step later: the device never waits for the host."""
         c = self.config
         started = time.perf_counter()
         for step in range(1, c.train.steps + 1):
@@ -94,6 +94,7 @@ class Loop:
     def sample(self, step: int) -> None:
         """Continue each prompt, on all ranks alike."""
         log, tokenizer = self.config.log, self.data.tokenizer
+        assert tokenizer is not None, "open_data refuses to sample without a tokenizer"
         for prompt in log.sample_prompts:
             tokens = continue_tokens(
                 self.built.stage,
