@@ -13,7 +13,7 @@ A document is a run of sequences (nearly always one); an empty document has none
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -28,7 +28,7 @@ from megacore.data.files import replace_file, scratch_folder, sync_folder
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
-DTYPES = MappingProxyType(
+DTYPES: Mapping[int, np.dtype[Any]] = MappingProxyType(
     {1: np.dtype("<u1"), 2: np.dtype("<i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4")}
     | {5: np.dtype("<i8"), 6: np.dtype("<f8"), 7: np.dtype("<f4"), 8: np.dtype("<u2")}
 )
