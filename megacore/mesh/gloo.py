@@ -1,31 +1,29 @@
-"""Collectives on gloo, most of them composed from one primitive: an exchange of messages between all ranks.
+"""Collectives on gloo, composed from the two of its primitives that are fast: all_to_all_single and messages.
 
 Sums are taken element by element in the order of the ranks, with one rounding for 16-bit floats. So a result is the
 same bit for bit on all ranks, from run to run, for every size of tensor and bucket, and a reduce-scatter is exactly
 a slice of an all-reduce: sharded and unsharded runs can be compared bitwise.
 gloo's own ring promises the first two of these, not the others.
 
-gloo's time / ours, of the best and (of the median) of 15 alternating calls, geometric means over fp32, fp64 and bf16.
-torch 2.13 on two cores that were busy with other work, so medians say little; `python benchmarks/collectives.py` measures
-again:
+gloo's time / ours, of the best and (of the median) of 15 alternating calls, geometric means over fp32, fp64 and bf16;
+torch 2.13, two cores shared with other work, so the ratios are rough. `python benchmarks/collectives.py` measures again:
 
 | tensor | ranks | all_reduce | all_gather | reduce_scatter |
 |---|---|---|---|---|
-| 16 KiB | 2 | 1.4 (0.2) | 1.0 (0.2) | 1.6 (0.9) |
-| 256 KiB | 2 | 0.8 (0.5) | 1.4 (0.7) | 1.6 (0.6) |
-| 4096 KiB | 2 | 0.9 (0.7) | 1.2 (1.0) | 2.1 (1.8) |
-| 16384 KiB | 2 | 1.1 (1.1) | 1.1 (1.1) | 2.3 (2.7) |
-| 16 KiB | 4 | 1.8 (1.4) | 1.6 (0.9) | 2.6 (1.9) |
-| 256 KiB | 4 | 1.5 (1.6) | 1.2 (1.4) | 1.9 (2.3) |
-| 4096 KiB | 4 | 1.0 (1.0) | 1.4 (1.1) | 2.7 (2.1) |
-| 16384 KiB | 4 | 1.0 (0.7) | 1.1 (0.8) | 1.7 (1.7) |
+| 16 KiB | 2 | 1.1 (0.8) | 0.8 (1.1) | 1.3 (1.2) |
+| 256 KiB | 2 | 0.9 (0.9) | 0.9 (0.9) | 1.2 (1.2) |
+| 4096 KiB | 2 | 0.8 (0.7) | 0.7 (0.9) | 1.8 (1.8) |
+| 16384 KiB | 2 | 0.9 (1.1) | 1.0 (0.9) | 2.0 (1.8) |
+| 16 KiB | 4 | 2.0 (2.1) | 1.8 (1.5) | 3.4 (2.8) |
+| 256 KiB | 4 | 1.2 (1.7) | 2.2 (1.3) | 2.1 (1.9) |
+| 4096 KiB | 4 | 1.0 (0.9) | 1.5 (1.0) | 3.2 (1.9) |
+| 16384 KiB | 4 | 0.8 (0.7) | 1.2 (0.9) | 1.9 (2.0) |
 
-gloo's own all_to_all is the faster one and is used as it is.
+Messages alone (send and recv for everything) had better best times but, on busy cores, worse medians for small tensors.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
 from types import MappingProxyType
 
 import torch
@@ -34,8 +32,10 @@ from torch.distributed import Work
 
 from megacore.mesh.group import Group, Pending
 
-# Up to here every rank sends its whole tensor to all others and each sums for itself: one message delay, not two.
+# Up to here an all-reduce sends the whole tensor to all and each rank sums for itself: one message delay, not two.
 SMALL_BYTES = 1 << 18
+# Up to here an all-gather repeats its input for all_to_all_single, which wakes fewer threads than messages do.
+REPEAT_BYTES = 1 << 22
 COMBINE: Mapping[str, Callable[..., Tensor]] = MappingProxyType({"sum": torch.add, "max": torch.maximum})
 
 
@@ -43,30 +43,18 @@ def all_reduce(x: Tensor, group: Group, op: str) -> Pending:
     """Contiguous x, any shape, becomes the sum or maximum over the group, in place."""
     flat = x.view(-1)
     if x.numel() * x.element_size() <= SMALL_BYTES:
-        return _all_reduce_small(x, flat, group, op)
+        received, work = swap(flat.repeat(group.size), [x.numel()] * group.size, [x.numel()] * group.size, group)
+        return after(work, lambda: fold(received.view(group.size, -1), op, flat).view(x.shape))
     tag = group.next_tag()
-    slices = list(flat.tensor_split(group.size))
+    slices = flat.tensor_split(group.size)
     own = slices[group.rank]
-    parts = [own if peer == group.rank else torch.empty_like(own) for peer in range(group.size)]
-    first = exchange(slices, parts, group, tag)
+    received, work = swap(flat, [piece.numel() for piece in slices], [own.numel()] * group.size, group)
 
     def finish() -> Tensor:
-        wait_all(first)
-        fold(parts, group.rank, op, own)
-        # The same tag again is safe: messages of one tag between two ranks arrive in order.
-        wait_all(exchange([own] * group.size, slices, group, tag))
-        return x
-
-    return Pending(finish)
-
-
-def _all_reduce_small(x: Tensor, flat: Tensor, group: Group, op: str) -> Pending:
-    parts = [flat if peer == group.rank else torch.empty_like(flat) for peer in range(group.size)]
-    works = exchange([flat] * group.size, parts, group, group.next_tag())
-
-    def finish() -> Tensor:
-        wait_all(works)
-        fold(parts, group.rank, op, flat)
+        work.wait()
+        fold(received.view(group.size, -1), op, own)
+        # Messages bear the tag of their collective: ranks may wait for several collectives in different orders.
+        wait_all(send_to_all(own, slices, group, tag))
         return x
 
     return Pending(finish)
@@ -74,54 +62,41 @@ def _all_reduce_small(x: Tensor, flat: Tensor, group: Group, op: str) -> Pending
 
 def all_gather(x: Tensor, group: Group, dim: int, sizes: Sequence[int]) -> Pending:
     """Rank r's [.., sizes[r], ..] to [.., sum(sizes), ..] along `dim` on all ranks."""
-    shape = list(x.shape)
-    shape[dim] = sum(sizes)
-    x = x.contiguous()
-    whole = x.new_empty(shape)
-    if math.prod(shape[:dim]) == 1:  # the parts lie one behind the other: receive them in place
-        offsets = [0, *accumulate(sizes)]
-        parts = [whole.narrow(dim, start, size) for start, size in zip(offsets, sizes)]
-        parts[group.rank].copy_(x)
+    outer, inner = x.shape[:dim], x.shape[dim + 1 :]
+    flat = x.contiguous().view(-1)
+    counts = [math.prod(outer) * size * math.prod(inner) for size in sizes]
+    works: Sequence[Work]
+    if sum(counts) * x.element_size() <= REPEAT_BYTES:
+        received, work = swap(flat.repeat(group.size), [flat.numel()] * group.size, counts, group)
+        works = [work]
     else:
-        parts = [x.new_empty([*x.shape[:dim], size, *x.shape[dim + 1 :]]) for size in sizes]
-        parts[group.rank] = x
-    works = exchange([x] * group.size, parts, group, group.next_tag())
+        received = x.new_empty(sum(counts))
+        parts = received.split(counts)
+        parts[group.rank].copy_(flat)
+        works = send_to_all(flat, parts, group, group.next_tag())
 
     def finish() -> Tensor:
         wait_all(works)
-        return whole if math.prod(shape[:dim]) == 1 else torch.cat(parts, dim, out=whole)
+        if math.prod(outer) == 1:  # the parts lie one behind the other
+            return received.view(*outer, sum(sizes), *inner)
+        return torch.cat([part.view(*outer, size, *inner) for part, size in zip(received.split(counts), sizes)], dim)
 
     return Pending(finish)
 
 
 def reduce_scatter(x: Tensor, group: Group, dim: int, sizes: Sequence[int]) -> Pending:
     """[.., sum(sizes), ..] along `dim` to the sum over the group of rank r's [.., sizes[r], ..]."""
-    pieces = [piece.contiguous() for piece in x.split(list(sizes), dim)]
-    own = pieces[group.rank]
-    parts = [own if peer == group.rank else torch.empty_like(own) for peer in range(group.size)]
-    works = exchange(pieces, parts, group, group.next_tag())
-
-    def finish() -> Tensor:
-        wait_all(works)
-        return fold(parts, group.rank, "sum", torch.empty_like(own))
-
-    return Pending(finish)
+    pieces = x.split(list(sizes), dim)
+    own = x.new_empty(pieces[group.rank].shape)
+    flat = x.contiguous().view(-1) if dim == 0 else torch.cat([piece.reshape(-1) for piece in pieces])
+    received, work = swap(flat, [piece.numel() for piece in pieces], [own.numel()] * group.size, group)
+    return after(work, lambda: fold(received.view(group.size, -1), "sum", own.view(-1)).view(own.shape))
 
 
 def all_to_all(x: Tensor, group: Group, send_sizes: Sequence[int], receive_sizes: Sequence[int]) -> Pending:
     """Rows for rank 0, 1, ... (send_sizes of them) to rows from rank 0, 1, ... (receive_sizes of them)."""
-    x = x.contiguous()
-    received = x.new_empty([sum(receive_sizes), *x.shape[1:]])
-    work = distributed.all_to_all_single(
-        received, x, list(receive_sizes), list(send_sizes), group=group.handle, async_op=True
-    )
-    assert work is not None
-
-    def finish() -> Tensor:
-        work.wait()
-        return received
-
-    return Pending(finish)
+    received, work = swap(x.contiguous(), send_sizes, receive_sizes, group)
+    return after(work, lambda: received)
 
 
 def broadcast(x: Tensor, group: Group, source: int) -> None:
@@ -129,18 +104,36 @@ def broadcast(x: Tensor, group: Group, source: int) -> None:
     distributed.broadcast(x, group=group.handle, group_src=source)
 
 
-def exchange(sends: Sequence[Tensor], receives: Sequence[Tensor], group: Group, tag: int) -> list[Work]:
-    """Starts sending sends[p] to every other rank p and receiving receives[p] from it; all are contiguous."""
+def swap(x: Tensor, sends: Sequence[int], receives: Sequence[int], group: Group) -> tuple[Tensor, Work]:
+    """Starts gloo's all-to-all of contiguous rows: sends[p] of x to rank p, receives[p] from it into a new tensor."""
+    received = x.new_empty([sum(receives), *x.shape[1:]])
+    work = distributed.all_to_all_single(received, x, list(receives), list(sends), group=group.handle, async_op=True)
+    assert work is not None
+    return received, work
+
+
+def send_to_all(x: Tensor, parts: Sequence[Tensor], group: Group, tag: int) -> list[Work]:
+    """Starts sending x to every other rank and receiving parts[p] from each; all are contiguous."""
     assert group.handle is not None
     works = []
     # Each rank begins with its right neighbour, so that no rank is everybody's first target.
     for step in range(1, group.size):
         target, origin = (group.rank + step) % group.size, (group.rank - step) % group.size
-        if receives[origin].numel():
-            works.append(group.handle.recv([receives[origin]], origin, tag))
-        if sends[target].numel():
-            works.append(group.handle.send([sends[target]], target, tag))
+        if parts[origin].numel():
+            works.append(group.handle.recv([parts[origin]], origin, tag))
+        if x.numel():
+            works.append(group.handle.send([x], target, tag))
     return works
+
+
+def after(work: Work, result: Callable[[], Tensor]) -> Pending:
+    """A collective that is over when `work` is, its result still to be computed."""
+
+    def finish() -> Tensor:
+        work.wait()
+        return result()
+
+    return Pending(finish)
 
 
 def wait_all(works: Sequence[Work]) -> None:
@@ -149,20 +142,15 @@ def wait_all(works: Sequence[Work]) -> None:
         work.wait()
 
 
-def fold(parts: Sequence[Tensor], own: int, op: str, out: Tensor) -> Tensor:
-    """Combines parts[0], parts[1], ... in this order into `out`, which may be parts[own] itself.
-
-    The other parts are scratch and overwritten; 16-bit floats are summed in float32.
-    """
-    combine = COMBINE[op]
+def fold(parts: Tensor, op: str, out: Tensor) -> Tensor:
+    """Combines the rows of parts [t, n], in order, into out [n]. `parts` is overwritten; 16-bit sums are float32."""
+    combine, rows = COMBINE[op], parts.unbind()
     # One addition of two 16-bit floats is rounded once anyway.
-    if op == "sum" and out.dtype in (torch.bfloat16, torch.float16) and len(parts) > 2:
-        total = parts[0].float()
-        for part in parts[1:]:
-            total += part
+    if op == "sum" and out.dtype in (torch.bfloat16, torch.float16) and len(rows) > 2:
+        total = rows[0].float()
+        for row in rows[1:]:
+            total += row
         return out.copy_(total)
-    total = parts[0]
-    scratch = parts[1] if own == 0 else parts[0]
-    for part in parts[1:-1]:
-        total = combine(total, part, out=scratch)
-    return combine(total, parts[-1], out=out)
+    for row in rows[1:-1]:
+        combine(rows[0], row, out=rows[0])
+    return combine(rows[0], rows[-1], out=out)
