@@ -1,4 +1,4 @@
-"""Fused operations in PyTorch: autograd functions that save less and pass over memory fewer times than their reference."""
+"""Fused operations in PyTorch: they save less, and pass over memory fewer times, than their reference."""
 
 from typing import Any
 

@@ -5,9 +5,9 @@ With l the logits of a token, y its target, Z = sum exp(l), V the vocabulary and
     loss = log Z - (1 - e) l_y - e mean(l)          z = (log Z)^2  (PaLM, section 5)
 
 Logits are never gathered. Each rank exponentiates against the largest of *its own* logits, and only vectors of one
-number per token travel: the largest logit (max), then the sums of exp, of the target's logit and, with smoothing, of all
-logits. Backward needs softmax = exp(l - own max) * exp(own max - max) / Z, so the exponentials take the logits' place,
-and the logits' gradient takes theirs.
+number per token travel: the largest logit (max), then the sums of exp, of the target's logit and, with smoothing, of
+all logits. Backward needs softmax = exp(l - own max) * exp(own max - max) / Z, so the exponentials take the logits'
+place, and the logits' gradient takes theirs.
 
 On the way, tokens go in chunks through the matrix product and the passes over its result, so that a chunk's logits
 are still in cache; and all microbatches use one piece of memory, the largest a step needs.
@@ -131,7 +131,10 @@ def _exponentials(
     tp: TensorParallel,
     want_sum: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Fill exp [t, v] with exp(logit - own max); own max [t] and [2 or 3, t]: sum of exp, target's logit, sum of logits."""
+    """Fill exp [t, v] with exp(logit - own max).
+
+    Returns own max [t] and parts [2 or 3, t]: the sum of exp, the target's logit, the sum of logits.
+    """
     parts = x_th.new_zeros(3 if want_sum else 2, len(x_th))
     own_max_t = x_th.new_full((len(x_th),), -torch.inf)
     if not exp_tv.shape[1]:
@@ -160,7 +163,7 @@ def linear_cross_entropy(
     tp: TensorParallel,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Per token: the loss [t] and the squared log-partition z [t] of the logits x w^T; both 0 where the label is IGNORE.
+    """Per token: the loss [t] and the squared log-partition z [t] of the logits x w^T; 0 where the label is IGNORE.
 
     x [t, h] (a run of the tokens under sequence parallelism), weight [v, h] this rank's rows, labels [t] of all tokens.
     """

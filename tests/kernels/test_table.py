@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from megacore.kernels import reference
+from megacore.kernels.linear import LinearKernel
 from megacore.kernels.table import TABLE, Choice, Kernel, resolve
 
 CPU = torch.device("cpu")
+FUNCTIONS = [kernel for kernel in TABLE if kernel.operation != "linear"]  # that is three products
 DTYPES = {torch.float64: 1e-13, torch.float32: 2e-5}
 ELEMENTWISE = ("swiglu", "geglu", "gelu", "relu2")
 
@@ -94,12 +96,40 @@ def wanted(operation: str) -> list[tuple[tuple[object, ...], list[Tensor]]]:
 
 @pytest.mark.parametrize("how", ["contiguous", "transposed", "sliced"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernel", TABLE, ids=lambda kernel: f"{kernel.operation}-{kernel.backend}")
+@pytest.mark.parametrize("kernel", FUNCTIONS, ids=lambda kernel: f"{kernel.operation}-{kernel.backend}")
 def test_entry_is_its_reference(kernel: Kernel, dtype: torch.dtype, how: str) -> None:
     tolerance = DTYPES[dtype]
     for args, wants in wanted(kernel.operation):
         for got, want in zip(outcome(kernel, args, dtype, how), wants, strict=True):
             torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("how", ["contiguous", "transposed", "sliced"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", [k for k in TABLE if k.operation == "linear"], ids=lambda kernel: kernel.backend)
+def test_a_linear_kernel_is_three_products(kernel: Kernel, dtype: torch.dtype, how: str) -> None:
+    """Also where a rank has no rows, no columns or no tokens."""
+    if kernel.refuses(CPU, dtype):
+        with pytest.raises(ValueError, match="no linear"):
+            resolve(CPU, dtype, {"linear": kernel.backend})
+        return
+    linear, tolerance = kernel.function, DTYPES[dtype]
+    assert isinstance(linear, LinearKernel)
+    torch.manual_seed(0)
+    for t, i, o in ((1, 1, 1), (5, 7, 3), (33, 18, 65), (4, 6, 0), (0, 6, 4), (4, 0, 6)):
+        wide = numbers(t, i), numbers(o, i), numbers(t, o), numbers(o, i)
+        x, weight, grad = (strided(tensor.to(dtype), how) for tensor in wide[:3])
+        into = wide[3].to(dtype, copy=True)
+        place = into.data_ptr()
+        linear.wgrad(into, x, grad)
+        assert into.data_ptr() == place
+        for got, want in (
+            (linear.forward(x, weight), torch.einsum("ti,oi->to", wide[0], wide[1])),
+            (linear.dgrad(grad, weight), torch.einsum("to,oi->ti", wide[2], wide[1])),
+            (into, wide[3] + torch.einsum("to,ti->oi", wide[2], wide[0])),
+        ):
+            assert got.dtype == dtype
+            torch.testing.assert_close(got.double(), want, rtol=20 * tolerance, atol=20 * tolerance)
 
 
 def test_a_gradient_that_is_one_number_repeated() -> None:
@@ -112,18 +142,21 @@ def test_a_gradient_that_is_one_number_repeated() -> None:
             torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
 
 
-def test_each_operation_takes_its_first_backend() -> None:
+def test_each_operation_takes_the_first_backend_that_is_willing() -> None:
     kernels, choices = resolve(CPU, torch.float32)
-    firsts = {kernel.operation: kernel for kernel in reversed(TABLE)}
-    assert choices == tuple(Choice(k.operation, k.backend, ()) for k in sorted(firsts.values(), key=TABLE.index))
+    willing = [kernel for kernel in TABLE if not kernel.refuses(CPU, torch.float32)]
+    firsts = {kernel.operation: kernel for kernel in reversed(willing)}
+    assert [(choice.operation, choice.backend) for choice in choices] == [
+        (kernel.operation, kernel.backend) for kernel in sorted(firsts.values(), key=TABLE.index)
+    ]
     for operation, kernel in firsts.items():
         assert getattr(kernels, operation) is kernel.function
 
 
-def test_every_operation_has_a_reference_that_refuses_nothing() -> None:
+def test_every_operation_ends_in_plain_pytorch_which_refuses_nothing() -> None:
     for operation in {kernel.operation for kernel in TABLE}:
         last = [kernel for kernel in TABLE if kernel.operation == operation][-1]
-        assert last.backend == "reference"
+        assert last.backend == ("torch" if operation == "linear" else "reference")
         assert last.refuses(CPU, torch.float16) == ""
 
 
@@ -148,7 +181,7 @@ def test_a_backend_that_refuses_is_passed_over_with_its_reason(monkeypatch: pyte
 
 
 def test_strangers_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"kernels: \['conv'\] are not operations; there are \['rms_norm'"):
+    with pytest.raises(ValueError, match=r"kernels: \['conv'\] are not operations; there are \['linear', 'rms_norm'"):
         resolve(CPU, torch.float32, {"conv": "reference"})
     with pytest.raises(ValueError, match="kernels: no rope for .*: no backend 'cuda'"):
         resolve(CPU, torch.float32, {"rope": "cuda"})
