@@ -6,7 +6,7 @@ a slice of an all-reduce: sharded and unsharded runs can be compared bitwise.
 gloo's own ring promises the first two of these, not the others.
 
 gloo's time / ours, of the best and (of the median) of 15 alternating calls, geometric means over fp32, fp64 and bf16;
-torch 2.13, two cores shared with other work, so the ratios are rough. `python benchmarks/collectives.py` measures again:
+torch 2.13, two cores shared with other work, so the ratios are rough; `python benchmarks/collectives.py` repeats it:
 
 | tensor | ranks | all_reduce | all_gather | reduce_scatter |
 |---|---|---|---|---|

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megacore.layout.layout import Layout
 from megacore.mesh import collectives as c
-from megacore.mesh.gloo import SMALL_BYTES
+from megacore.mesh.gloo import REPEAT_BYTES, SMALL_BYTES
 from megacore.mesh.group import CommLog, CommRecord, Group
 from megacore.mesh.mesh import ParallelMesh
 from tests.pool import JobFailed, WorkerPool
@@ -84,6 +84,20 @@ def gather_all_kinds(rank: int, size: int) -> None:
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_gathering_restores_the_whole(pool: WorkerPool, size: int) -> None:
     pool.run(gather_all_kinds, size, size)
+
+
+def gather_large(rank: int, size: int) -> None:
+    group = group_of(rank, size)
+    rows = REPEAT_BYTES // 8 // 4 + 5  # beyond the switch to messages
+    for dim, shape in ((0, (rows, 4)), (1, (4, rows)), (1, (1, 4 * rows))):
+        whole = tensor_of(7, *shape)
+        for sizes in (slices(whole.shape[dim], size), [0] * (size - 1) + [whole.shape[dim]]):
+            assert torch.equal(c.all_gather(whole.split(sizes, dim)[rank], group, dim, sizes), whole), (dim, sizes)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_gathering_large_tensors(pool: WorkerPool, size: int) -> None:
+    pool.run(gather_large, size, size)
 
 
 def scatter_dims(rank: int, size: int) -> None:
