@@ -10,7 +10,7 @@
 #include <cstring>
 #include <limits>
 #include <stdexcept>
-#include <string>
+#include <utility>
 #include <vector>
 
 #include "mersenne_twister.h"
@@ -56,7 +56,7 @@ using Lengths = View<std::int32_t>;
 
 constexpr std::int64_t kAhead = 32;  // look-ups in flight; beyond a few dozen more does not help
 
-void require(bool condition, const std::string& message) {
+void require(bool condition, const char* message) {
     if (!condition) throw std::invalid_argument(message);
 }
 

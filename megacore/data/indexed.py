@@ -29,8 +29,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES: Mapping[int, np.dtype[Any]] = MappingProxyType(
-    {1: np.dtype("<u1"), 2: np.dtype("<i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4")}
-    | {5: np.dtype("<i8"), 6: np.dtype("<f8"), 7: np.dtype("<f4"), 8: np.dtype("<u2")}
+    dict(enumerate(map(np.dtype, ("<u1", "<i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2")), start=1))
 )
 DTYPE_CODES = MappingProxyType({dtype: code for code, dtype in DTYPES.items()})
 MAX_LENGTH = 2**31 - 1  # lengths are stored as int32
