@@ -1,7 +1,7 @@
 """Collectives on NCCL: its own ones.
 
-NCCL gives all ranks of a group the same bits; from run to run too, as long as its choice of algorithm (NCCL_ALGO,
-NCCL_PROTO) and the topology stay the same. Written from the documentation; not yet run on a GPU.
+Not yet run on a GPU. That an all-reduce gives all ranks the same bits, and the same ones from run to run while
+algorithm (NCCL_ALGO, NCCL_PROTO) and topology stay, is expected of NCCL and remains to be tested.
 """
 
 from collections.abc import Callable, Sequence

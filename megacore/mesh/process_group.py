@@ -26,7 +26,7 @@ def device_of(info: RankInfo, kind: str = "auto") -> torch.device:
 
 
 def start(info: RankInfo, device: torch.device, config_hash: str = "", timeout_s: float = 600.0) -> None:
-    """Joins the other processes: gloo on CPU, NCCL on CUDA (written from the documentation, not yet run on a GPU).
+    """Joins the other processes: gloo on CPU, NCCL on CUDA (not yet run on a GPU).
 
     Before the first collective all ranks compare `config_hash`, a digest of the resolved run: ranks that disagree
     would hang or compute nonsense. Raises ValueError on every rank, naming those that differ from rank 0.
