@@ -34,7 +34,7 @@ from megacore.mesh.group import Group, Pending
 
 # Up to here an all-reduce sends the whole tensor to all and each rank sums for itself: one message delay, not two.
 SMALL_BYTES = 1 << 18
-# Up to here an all-gather repeats its input for all_to_all_single: on busy cores faster than messages at 64 KiB to 2 MiB;
+# Up to here an all-gather repeats its input for all_to_all_single: on busy cores faster than messages up to 2 MiB;
 # at 16 MiB messages were. The switch lies between and was not tuned.
 REPEAT_BYTES = 1 << 22
 COMBINE: Mapping[str, Callable[..., Tensor]] = MappingProxyType({"sum": torch.add, "max": torch.maximum})
