@@ -4,6 +4,7 @@ Every rank computes the same tokens: logits are gathered whole, and chance comes
 agreed on. The prefix is computed anew for each token (there is no cache yet): meant for looking in on a training run.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,7 @@ from megacore.model.inputs import Inputs
 from megacore.model.stage import Stage
 
 STEP = 32
-"""Sequences are padded to a multiple of it, which every tp divides that the layers allow in practice."""
+"""Sequences are padded to a multiple of it, so that they come in few shapes."""
 
 
 @torch.no_grad()
@@ -50,11 +51,14 @@ def next_logits(stage: Stage, tokens: Sequence[int]) -> Tensor:
     """Logits [V] of the token behind ``tokens``, in float64, equal on all ranks."""
     device = stage.device
     tp = stage.tp.group
-    multiple = max(STEP, tp.size)
+    multiple = math.lcm(STEP, tp.size)  # sequence parallelism cuts the tokens into equal shards
     length = -(-len(tokens) // multiple) * multiple
     token_bs = torch.zeros((1, length), dtype=torch.long, device=device)  # causality hides the padding
     token_bs[0, : len(tokens)] = torch.tensor(tokens, device=device)
-    inputs = Inputs(token_bs, token_bs, torch.zeros(1, dtype=torch.long, device=device), training=False)
+    # padding stands where the last token stands: a table of learned positions may end there
+    position_bs = torch.arange(length, device=device).clamp(max=len(tokens) - 1)[None]
+    ordinal_b = torch.zeros(1, dtype=torch.long, device=device)
+    inputs = Inputs(token_bs, token_bs, ordinal_b, position_bs, training=False)
     local_tv = stage.logits(stage.hidden(inputs))
     sizes = [balanced(stage.vocab.size, tp.size, rank)[1] for rank in range(tp.size)]
     return all_gather(local_tv[len(tokens) - 1].contiguous(), tp, sizes=sizes).to(torch.float64)

@@ -67,6 +67,7 @@ class _LinearCrossEntropy(Function):
         vocab: Vocabulary,
         tp: TensorParallel,
         smoothing: float,
+        backward_follows: bool,
     ) -> tuple[Tensor, Tensor]:
         whole_th = all_gather(x_th, tp.group) if tp.sequence else x_th
         local_t = label_t - vocab.first_row
@@ -88,7 +89,7 @@ class _LinearCrossEntropy(Function):
             x_th if tp.regather else whole_th, local_t, inside_t, valid_t, log_z_t, rescale_t / parts[0]
         )
         ctx.exp_tv, ctx.weight, ctx.vocab, ctx.tp, ctx.smoothing = exp_tv, weight_vh, vocab, tp, smoothing
-        if not any(ctx.needs_input_grad):
+        if not backward_follows:
             vocab.spare.append(exp_tv)
         return loss_t * valid_t, log_z_t.square() * valid_t
 
@@ -96,7 +97,7 @@ class _LinearCrossEntropy(Function):
     @once_differentiable
     def backward(
         ctx: Any, grad_loss_t: Tensor, grad_z_t: Tensor
-    ) -> tuple[Tensor, Tensor | None, None, None, None, None]:
+    ) -> tuple[Tensor, Tensor | None, None, None, None, None, None]:
         x_th, local_t, inside_t, valid_t, log_z_t, to_softmax_t = ctx.saved_tensors
         exp_tv, weight_vh, tp, smoothing = ctx.exp_tv, ctx.weight, ctx.tp, ctx.smoothing
         gathering = all_gather_start(x_th, tp.group) if tp.sequence and tp.regather else None
@@ -119,7 +120,7 @@ class _LinearCrossEntropy(Function):
         grad_weight = accumulate_linear(tp.linear, weight_vh, x_th, exp_tv)
         ctx.vocab.spare.append(exp_tv)
         ctx.exp_tv = None
-        return summing.wait(), grad_weight, None, None, None, None
+        return summing.wait(), grad_weight, None, None, None, None, None
 
 
 def _exponentials(
@@ -167,4 +168,5 @@ def linear_cross_entropy(
 
     x [t, h] (a run of the tokens under sequence parallelism), weight [v, h] this rank's rows, labels [t] of all tokens.
     """
-    return _LinearCrossEntropy.apply(x_th, weight_vh, label_t, vocab, tp, label_smoothing)
+    backward_follows = torch.is_grad_enabled() and (x_th.requires_grad or weight_vh.requires_grad)
+    return _LinearCrossEntropy.apply(x_th, weight_vh, label_t, vocab, tp, label_smoothing, backward_follows)

@@ -150,6 +150,9 @@ def test_microbatches_use_the_same_memory() -> None:
         (spare,) = vocab.spare
         assert spare.shape == (TOKENS, 50)
         places.add(spare.data_ptr())
+    with torch.no_grad():  # an evaluation too
+        linear_cross_entropy(x_th, weight_vh, labels(50), vocab, tp)
+    assert places == {spare.data_ptr() for spare in vocab.spare}
     assert len(places) == 1
 
 
