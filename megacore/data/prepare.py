@@ -94,7 +94,7 @@ def prepare(
     with output_lock(output, overwrite):
         progress = Progress(sum(source.size for source in sources), len(sources))
         with IndexedWriter(output, token_dtype(opened.vocab_size)) as writer:
-            _write_all(writer, _tokenised(sources, tokenizer, options, eod, workers), progress, on_progress)
+            _write_all(writer, _tokenised(sources, opened, options, eod, workers), progress, on_progress)
             if not progress.num_documents:
                 raise BadInput(_nothing_in(sources, progress))
         write_meta(output, opened, eod)
@@ -212,7 +212,7 @@ class LongDocument:
 
 
 def _tokenised(
-    sources: list[Source], tokenizer: str, options: ReadOptions, eod: int | None, workers: int
+    sources: list[Source], tokenizer: Tokenizer, options: ReadOptions, eod: int | None, workers: int
 ) -> Iterator[Tokenised]:
     """Results of all batches, in order."""
     work = batches(read_blocks(sources, options))
@@ -224,7 +224,7 @@ def _tokenised(
         waiting: deque[Future[Tokenised]] = deque()
         try:
             for batch in work:
-                waiting.append(pool.submit(_encode, batch, tokenizer, options, eod))
+                waiting.append(pool.submit(_encode, batch, tokenizer.spec, options, eod))
                 if len(waiting) >= AHEAD * workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -239,7 +239,7 @@ def _tokenised(
 
 @lru_cache(maxsize=1)
 def _encoder(tokenizer: str, options: ReadOptions, eod: int | None) -> BatchEncoder:
-    return BatchEncoder(tokenizer, options, eod)
+    return BatchEncoder(open_tokenizer(tokenizer), options, eod)
 
 
 def _encode(batch: Batch, tokenizer: str, options: ReadOptions, eod: int | None) -> Tokenised:

@@ -13,10 +13,9 @@ from megacore.data.text.cutting import cut_text
 from megacore.data.text.documents import documents
 from megacore.data.text.options import ReadOptions
 from megacore.data.text.sources import BadInput
-from megacore.data.tokenizers import Tokenizer, open_tokenizer
+from megacore.data.tokenizers import Tokenizer
 
-PART_BYTES = 1 << 15  # longer texts go to the tokenizer in parts: some take time that grows faster than the text
-ANCHOR = "\n"
+PART_BYTES = 1 << 13  # longer texts go to the tokenizer in parts: its time grows faster than the text
 
 
 @dataclass(frozen=True)
@@ -78,15 +77,15 @@ class BatchEncoder:
     """Turns batches into tokens, on one core.
 
     Args:
-        spec: the tokenizer, as `open_tokenizer` takes it.
+        tokenizer: opened in this process.
         options: how blocks become documents.
         eod: id put behind every document; None: nothing.
     """
 
-    def __init__(self, spec: str, options: ReadOptions, eod: int | None) -> None:
+    def __init__(self, tokenizer: Tokenizer, options: ReadOptions, eod: int | None) -> None:
         # The `tokenizers` library would start a thread per core in every worker; it asks the C environment.
         os.putenv("TOKENIZERS_PARALLELISM", "false")
-        self.tokenizer = open_tokenizer(spec)
+        self.tokenizer = tokenizer
         self.options, self.eod = options, eod
         self.dtype = token_dtype(self.tokenizer.vocab_size)
 
@@ -108,26 +107,24 @@ class BatchEncoder:
 
     def _encode(self, texts: list[str], starts: bool) -> tuple[NDArray[np.generic], NDArray[np.int64]]:
         """Tokens of texts, long ones in parts; `starts` is False if the first goes on from an earlier batch."""
-        parts: list[str] = []
-        first_parts: list[int] = []
-        is_continuation: list[bool] = []
-        for text in texts:
-            first_parts.append(len(parts))
-            pieces = cut_text(text, PART_BYTES)
-            is_continuation += [bool(i) or not (starts or first_parts[-1]) for i in range(len(pieces))]
-            parts += pieces
-        if any(is_continuation):
-            ids, lengths = encode_parts(self.tokenizer, parts, is_continuation)
+        if starts and max(map(len, texts), default=0) * 4 <= PART_BYTES:
+            ids, lengths = self.tokenizer.encode_batch(texts)
+            parts = texts
         else:
-            ids, lengths = self.tokenizer.encode_batch(parts)
+            cut = [cut_text(text, PART_BYTES) for text in texts]
+            parts = [part for pieces in cut for part in pieces]
+            firsts = np.cumsum([0, *map(len, cut)])[:-1]
+            goes_on = np.ones(len(parts), bool)
+            goes_on[firsts[0 if starts else 1 :]] = False
+            ids, part_lengths = encode_parts(self.tokenizer, parts, goes_on.tolist())
+            lengths = np.add.reduceat(part_lengths, firsts)
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.tokenizer.vocab_size:
-            raise BadInput(self._beyond_vocabulary(ids, lengths, parts))
-        if texts:
-            lengths = np.add.reduceat(lengths, first_parts)
+            raise BadInput(self._beyond_vocabulary(ids, parts))
         return ids.astype(self.dtype), lengths
 
-    def _beyond_vocabulary(self, ids: NDArray[np.int32], lengths: NDArray[np.int64], texts: list[str]) -> str:
+    def _beyond_vocabulary(self, ids: NDArray[np.int32], texts: list[str]) -> str:
         bad = int(np.flatnonzero((ids < 0) | (ids >= self.tokenizer.vocab_size))[0])
+        lengths = [len(self.tokenizer.encode(text)) for text in texts]
         text = texts[int(np.searchsorted(np.cumsum(lengths), bad, side="right"))]
         return (
             f"tokenizer {self.tokenizer.spec!r} gave the id {ids[bad]}, beyond its vocabulary of "
@@ -136,21 +133,22 @@ class BatchEncoder:
 
 
 def encode_parts(
-    tokenizer: Tokenizer, parts: list[str], is_continuation: list[bool]
+    tokenizer: Tokenizer, parts: list[str], goes_on: list[bool]
 ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """Tokens of texts of which some go on from the one before.
 
-    Many tokenizers put a space before every text they are given (Llama 2's, Mistral's). A continuation is therefore
-    encoded behind a line break whose tokens are then taken away again.
+    Many tokenizers put a space before every text they are given (Llama 2's, Mistral's). A part that goes on is
+    therefore encoded behind a character from which it is surely apart, whose tokens are then taken away.
     """
-    anchor = tokenizer.encode_batch([ANCHOR]).ids
-    marked = [ANCHOR + part if marked else part for part, marked in zip(parts, is_continuation)]
-    ids, lengths = tokenizer.encode_batch(marked)
+    anchors = [("a" if part[:1].isspace() else "\n") if marked else "" for part, marked in zip(parts, goes_on)]
+    anchor_ids = {anchor: tokenizer.encode_batch([anchor]).ids for anchor in ("a", "\n", "")}
+    ids, lengths = tokenizer.encode_batch([anchor + part for anchor, part in zip(anchors, parts)])
     pieces = np.split(ids, np.cumsum(lengths)[:-1])
-    for i, marked_here in enumerate(is_continuation):
-        if marked_here and np.array_equal(pieces[i][: len(anchor)], anchor):
-            pieces[i] = pieces[i][len(anchor) :]
-        elif marked_here:  # the line break became one token with what follows it
+    for i, anchor in enumerate(anchors):
+        head = anchor_ids[anchor]
+        if np.array_equal(pieces[i][: len(head)], head):
+            pieces[i] = pieces[i][len(head) :]
+        else:  # the two became one token: an inexact cut
             pieces[i] = tokenizer.encode_batch([parts[i]]).ids
     return np.concatenate(pieces), np.array([len(piece) for piece in pieces], np.int64)
 
