@@ -217,19 +217,19 @@ class Demo:
         base = preset()
         steps = self.args.steps or (FAST_STEPS if self.args.fast else base.train.steps)
         prompts = found_text.openings(corpus.path, len(PROMPTS), 24) if self.args.text else list(PROMPTS)
-        part = max(1, steps // 8)
+        shown = max(1, steps // 24)  # evaluations and samples fall on steps that are shown
         config = replace(
             base,
             model=replace(base.model, vocab_size=tokenizer.vocab_size),
             parallel=replace(base.parallel, tp=2, dp=2),
-            train=replace(base.train, steps=steps, device="cpu", eval_every=part, eval_steps=4),
+            train=replace(base.train, steps=steps, device="cpu", eval_every=3 * shown, eval_steps=4),
             optim=replace(base.optim, warmup_steps=min(base.optim.warmup_steps, steps // 4)),
             data=replace(base.data, blend=((1.0, str(prefix)),), split=(96.0, 4.0, 0.0), tokenizer=tokenizer.spec),
             log=replace(
                 base.log,
                 every=max(1, steps // 200),
-                console_every=max(1, part // 2),
-                sample_every=2 * part,
+                console_every=shown,
+                sample_every=6 * shown,
                 sample_prompts=tuple(prompts),
                 sample_tokens=64,
             ),

@@ -1,0 +1,1 @@
+"""Fused operations: one table of backends, one plain reference for each."""

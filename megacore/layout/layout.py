@@ -8,10 +8,11 @@ coordinates; everything below is that arithmetic.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from megacore.config.schema import ParallelConfig
 
-EXPERT_AXES = {"tp": "etp", "cp": "ep", "dp": "edp", "pp": "pp"}
+EXPERT_AXES: Mapping[str, str] = MappingProxyType({"tp": "etp", "cp": "ep", "dp": "edp", "pp": "pp"})
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ class Inputs:
     """A microbatch of whole samples, as tensors.
 
     token, label: int64 [b, s], label IGNORE where there is no target. position: int64 [b, s] or None (0, 1, 2, ...).
-    document: int64 [b, s] or None; tokens of different numbers do not see each other. ordinal: int64 [b], each sample's number
-    within the run. training: whether dropout applies.
+    document: int64 [b, s] or None; tokens of different numbers do not see each other. ordinal: int64 [b], each
+    sample's number within the run. training: whether dropout applies.
     """
 
     token_bs: Tensor
@@ -45,9 +45,9 @@ class Inputs:
 class Shared:
     """What every block of a stage needs of a microbatch, computed once.
 
-    cos, sin [1 or b, s, 1, d/2] (None without RoPE); mask as ``kernels.reference.attention`` takes it, causal: whether causality
-    comes on top of the mask. token_t: the numbers of all tokens (``Inputs.token_numbers``); row_t: of those that this rank
-    holds outside the matrices.
+    cos, sin [1 or b, s, 1, d/2] (None without RoPE); mask as ``kernels.reference.attention`` takes it, causal: whether
+    causality comes on top of the mask. token_t: the numbers of all tokens (``Inputs.token_numbers``); row_t: of those
+    that this rank holds outside the matrices.
     """
 
     shape: tuple[int, int]

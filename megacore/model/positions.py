@@ -11,7 +11,8 @@ from megacore.config.schema import ModelConfig, RopeScaling
 def rope_frequencies(model: ModelConfig) -> tuple[Tensor, float]:
     """Angle per position of each pair of dims, float64 [d/2], and the factor on cos and sin (Su et al. 2021).
 
-    Scalings: linear (Chen et al. 2023), ntk (a larger base, bloc97 2023), yarn (Peng et al. 2023, sections 3.2-3.4), llama3 (Llama 3.1's by wavelength).
+    Scalings: linear (Chen et al. 2023), ntk (a larger base, bloc97 2023), yarn (Peng et al. 2023, sections 3.2-3.4),
+    llama3 (Llama 3.1's, by wavelength).
     """
     d, scaling = model.head_dim, model.rope_scaling
     base = model.rope_theta
@@ -56,7 +57,10 @@ def rope_angles(model: ModelConfig, position_bs: Tensor, dtype: torch.dtype) -> 
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
-    """One slope per head, float64 [num_heads] (Press et al. 2022; between powers of two every other slope of the next)."""
+    """One slope per head, float64 [num_heads] (Press et al. 2022).
+
+    Between powers of two every other slope of the next power is added.
+    """
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
     slopes += [2.0 ** (-4.0 * (2 * i + 1) / power) for i in range(num_heads - power)]

@@ -1,4 +1,4 @@
-"""A run of layers that one pipeline rank computes; the first one begins with the embedding, the last one ends in the loss."""
+"""A run of layers that one pipeline rank computes: the first begins with the embedding, the last ends in the loss."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -93,7 +93,7 @@ class Stage(nn.Module):
             self.head = None if model.tie_embeddings else ColumnParallelLinear(make.below("head"), tp)
 
     def forward(self, inputs: Inputs, x_th: Tensor | None = None) -> Tensor | Loss:
-        """x [t, h] for the next stage, or the loss on the last one. ``x_th`` is the previous stage's output (None on the first)."""
+        """x [t, h] for the next stage, or the loss on the last one. ``x_th``: the one before's (None: first)."""
         x_th = self.hidden(inputs, x_th)
         return self.loss(inputs, x_th) if self.last else x_th
 

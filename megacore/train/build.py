@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megacore.config.schema import RunConfig
+from megacore.config.schema import ModelConfig, RunConfig
 from megacore.config.write import config_hash
 from megacore.kernels.table import Choice, resolve
 from megacore.layout import Layout
@@ -55,8 +55,8 @@ def build(
 ) -> Built:
     """Everything between the description and the first step.
 
-    ``config`` must be checked and resolved for ``info.world_size`` ranks, with its vocabulary known; the ranks must have
-    joined. ``log`` records every collective.
+    ``config`` must be checked and resolved for ``info.world_size`` ranks, with its vocabulary known; the ranks must
+    have joined. ``log`` records every collective.
     """
     phases = phases or Phases()
     with phases.time("mesh"):
@@ -84,7 +84,21 @@ def build(
             config.parallel.schedule,
             config.optim.clip_grad,
         )
-    return Built(config, spec, mesh, stage, flat, trainer, choices)
+    used = operations_of(config.model)
+    return Built(config, spec, mesh, stage, flat, trainer, tuple(c for c in choices if c.operation in used))
+
+
+def operations_of(model: ModelConfig) -> frozenset[str]:
+    """The kernels that a model calls."""
+    norms = {"rmsnorm": "rms_norm", "layernorm": "layer_norm"}
+    used = {"linear", norms[model.norm], model.activation, "attention"}
+    if model.position == "rope":
+        used.add("rope")
+    if model.qk_norm:
+        used.add("rms_norm")
+    if model.attention_dropout:
+        used.add("attention_dropout")
+    return frozenset(used)
 
 
 def make_optimizer(config: RunConfig, flat: FlatParameters, specs: dict[str, ParamSpec]) -> Optimizer:

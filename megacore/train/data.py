@@ -37,7 +37,8 @@ def open_data(config: RunConfig, mesh: ParallelMesh) -> RunData:
     t, data = config.train, config.data
     tokenizer = open_tokenizer(data.tokenizer) if data.tokenizer else None
     if config.log.sample_every and tokenizer is None:
-        raise ValueError(f"log.sample_every={config.log.sample_every} needs the tokenizer of the data; set data.tokenizer")
+        every = config.log.sample_every
+        raise ValueError(f"log.sample_every={every} needs the tokenizer of the data; set data.tokenizer")
     plan = BatchPlan(t.global_batch_size, t.micro_batch_size, t.batch_ramp)
     plan.check(mesh.dp.size)
     stream = _stream(config, tokenizer, "train", plan.num_samples(t.steps))

@@ -47,7 +47,7 @@ class Reporter:
     def __init__(self, config: RunConfig, mesh: ParallelMesh, files: Files | None) -> None:
         self.config, self.mesh, self.files = config, mesh, files
         self.tokens = self.tokens_since = 0
-        self.seconds_since = self.seconds = 0.0
+        self.seconds_since = 0.0
         self.steps_since = 0
         self.began = time.perf_counter()
 
@@ -89,7 +89,6 @@ class Reporter:
         self.tokens += late.tokens
         self.tokens_since += late.tokens
         self.seconds_since += late.seconds
-        self.seconds += late.seconds
         self.steps_since += 1
         c = self.config
         always = late.step in (1, c.train.steps) or late.val_loss is not None
@@ -102,7 +101,7 @@ class Reporter:
         for tracker in self.files.trackers:
             tracker.log(metrics)
         if shown:
-            left = (c.train.steps - late.step) * self.seconds / late.step
+            left = (c.train.steps - late.step) * (metrics.step_time_s or 0.0)
             self.files.console.line(format_line(metrics, c.train.steps, left, self.files.console.paint))
         if metrics.skipped:
             self.files.events.write("skip", step=late.step, reason="the gradient norm is not finite")
@@ -166,7 +165,10 @@ class Reporter:
 def open_files(config: RunConfig, colour: bool, width: int) -> Files:
     """Make the run's folder; an earlier run in it is put aside."""
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out={config.out} cannot be made ({error.strerror}); name another folder") from error
     moved = archive_previous_run(out)
     console = Console(sys.stdout, out / LOG, colour, width)
     if moved is not None:
@@ -182,7 +184,7 @@ def overview(built: Built, data: RunData) -> list[str]:
     layout = built.mesh.layout
     ranks = "1 process" if layout.world == 1 else f"{layout.world} processes"
     sequence = ", sequence parallel" if c.parallel.sequence_parallel and layout.tp > 1 else ""
-    chosen = ", ".join(f"{choice.operation} {choice.backend}" for choice in built.kernels)
+    chosen = ", ".join(f"{choice.operation} ({choice.backend})" for choice in built.kernels)
     return [
         f"model    {m.family}, {human_count(built.spec.num_params)} parameters: {m.num_layers} layers, "
         f"hidden {m.hidden_size}, {m.num_heads} heads ({m.num_kv_heads} kv), vocabulary {m.vocab_size}",
