@@ -65,6 +65,11 @@ def test_every_layout_says_the_same(pool: WorkerPool, model: ModelConfig) -> Non
         assert pool.run(generate, size, size, model, sequence) == [alone] * size
 
 
+def test_three_ranks_cut_the_padded_tokens_evenly(pool: WorkerPool) -> None:
+    model = replace(MODEL, num_heads=3, num_kv_heads=3)
+    assert pool.run(generate, 3, 3, model, True) == 3 * [generate(0, 1, model, False)]
+
+
 def test_only_the_newest_tokens_that_fit_are_seen() -> None:
     stage = stage_of(0, 1, LEARNED)
     long = [7] * 20 + PROMPT * 2
