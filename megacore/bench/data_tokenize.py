@@ -65,12 +65,12 @@ def library_alone(case: Case, path: str, texts: list[str]) -> Callable[[], objec
     if case.library == "sentencepiece":
         processor = library.SentencePieceProcessor(model_file=path)
         return lambda: processor.encode(texts, num_threads=1)
-    # `prepare` has told the C environment that this process wants one thread (megacore/data/text/encode.py).
+    # `prepare` has told the library's thread pool to have one thread (megacore/data/text/encode.py).
     tokenizer = library.Tokenizer.from_file(path)
     return lambda: [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def measure(case: Case, rounds: int, max_bytes: int = 2_000_000) -> Comparison:
+def measure(case: Case, rounds: int, max_bytes: int = 4_000_000) -> Comparison:
     """One case: both sides in turn. The ratio is per core: `prepare` runs with one worker, and the seconds are the
     process' CPU seconds, which other programs on the machine do not lengthen."""
     with tempfile.TemporaryDirectory(prefix="megacore-bench-") as name:
