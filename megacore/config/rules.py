@@ -98,8 +98,6 @@ def _tensor_parallel(m: ModelConfig, config: RunConfig) -> Iterator[str]:
             f"parallel.tp={tp} neither divides model.num_kv_heads={m.num_kv_heads} nor is a multiple of it; "
             f"use {_nearest([n for n in legal if m.num_heads % n == 0], tp)}"
         )
-    if m.vocab_size and m.vocab_size < tp:
-        yield f"parallel.tp={tp} exceeds model.vocab_size={m.vocab_size}; use at most {m.vocab_size}"
     if config.parallel.sequence_parallel and config.train.seq_len % tp:
         yield (
             f"parallel.tp={tp} does not divide train.seq_len={config.train.seq_len}, which "

@@ -80,7 +80,7 @@ class ParallelConfig:
     dp: int = key(0, "data parallel size; 0: world / (tp*pp*cp)")
     dp_shard: int = key(0, "ranks of a dp group that shard state (hybrid sharding); 0: dp")
     ep: int = key(1, "expert parallel size")
-    etp: int = key(0, "tensor parallel size inside experts; 0: tp")
+    etp: int = key(0, "tensor parallel size inside experts; 0: tp, with ep > 1 1")
     chunks: int = key(1, "model chunks per pipeline rank (interleaving)")
     stage_layers: tuple[int, ...] = key((), "layers of each stage, in order; empty: balanced")
     schedule: str = key(

@@ -29,18 +29,20 @@ def continue_tokens(
     temperature: float = 0.8,
     stop: int | None = None,
     seed: int = 0,
+    num_choices: int | None = None,
 ) -> list[int]:
     """The tokens that follow ``prompt``, at most ``num_tokens``; ends behind token ``stop``.
 
     ``context`` is the longest sequence the model takes: older tokens fall off. ``temperature`` 0 takes the likeliest
-    token. Raises ValueError for an empty prompt.
+    token. Only ids below ``num_choices`` are drawn: a model may have more rows than its tokenizer has tokens. Raises
+    ValueError for an empty prompt.
     """
     if not prompt:
         raise ValueError("generation needs at least one token to begin with; give a prompt")
     tokens = list(prompt)
     key = counter.key_of("sample", seed, *prompt)
     for place in range(num_tokens):
-        logits = next_logits(stage, tokens[-context:])
+        logits = next_logits(stage, tokens[-context:])[:num_choices]
         tokens.append(choose(logits, temperature, key, place))
         if tokens[-1] == stop:
             break

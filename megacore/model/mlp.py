@@ -2,12 +2,12 @@
 
 from torch import Tensor, nn
 
+from megacore.config.resolve import GATED
 from megacore.config.schema import ModelConfig
 from megacore.kernels.table import Kernels
 from megacore.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megacore.parallel.parameters import ParameterMaker
 from megacore.parallel.tensor import TensorParallel
-from megacore.spec.model import GATED
 
 
 class MLP(nn.Module):

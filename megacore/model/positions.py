@@ -22,7 +22,7 @@ def rope_frequencies(model: ModelConfig) -> tuple[Tensor, float]:
     if scaling.type == "linear":
         return frequency / scaling.factor, 1.0
     if scaling.type == "yarn":
-        return _yarn(frequency, base, d, scaling), scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
+        return _yarn(frequency, base, d, scaling), scaling.attention_factor
     if scaling.type == "llama3":
         return _llama3(frequency, scaling), 1.0
     return frequency, 1.0

@@ -16,7 +16,7 @@ from megacore.model.norm import make_norm
 from megacore.model.positions import alibi_slopes, rope_angles
 from megacore.parallel.cross_entropy import Vocabulary, linear_cross_entropy
 from megacore.parallel.dropout import dropout
-from megacore.parallel.embedding import PositionEmbedding, VocabParallelEmbedding
+from megacore.parallel.embedding import PositionEmbedding, VocabParallelEmbedding, vocab_piece
 from megacore.parallel.linear import ColumnParallelLinear, column_parallel
 from megacore.parallel.parameters import ParameterMaker
 from megacore.parallel.tensor import TensorParallel
@@ -31,7 +31,8 @@ class Objective:
 
 
 class Loss(NamedTuple):
-    """Sums over a microbatch's targets. ``objective`` is what is differentiated, ``cross_entropy`` what is reported."""
+    """Sums over a microbatch's targets. ``objective`` is what is differentiated, ``cross_entropy`` what is reported:
+    smoothed in training where labels are, plain in evaluation, and without the z-loss."""
 
     objective: Tensor
     cross_entropy: Tensor
@@ -80,8 +81,8 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.tp, self.objective, self.first, self.last = model, tp, objective, first, last
-        vocab_split = make.specs["embedding.tokens.weight"].pieces(tp.group.rank, tp.group.size)
-        self.vocab = Vocabulary(model.vocab_size, vocab_split[0] if vocab_split else None)
+        rows = make.specs["embedding.tokens.weight"].pieces(tp.group.rank, tp.group.size)
+        self.vocab = Vocabulary(model.vocab_size, vocab_piece(rows))
         self.dtype, self.device = make.dtype, make.device
         if first:
             self.embedding = Embedding(model, make.below("embedding"), self.vocab, tp, make.seed)
@@ -113,7 +114,7 @@ class Stage(nn.Module):
 
     def loss(self, inputs: Inputs, x_th: Tensor) -> Loss:
         """The microbatch's loss sums."""
-        label_t, smoothing = inputs.label_bs.reshape(-1), self.objective.label_smoothing
+        label_t, smoothing = inputs.label_bs.reshape(-1), self.objective.label_smoothing if inputs.training else 0.0
         x_th = self.final_norm(x_th)
         loss_t, z_t = linear_cross_entropy(x_th, self.output_vh, label_t, self.vocab, self.tp, smoothing)
         cross_entropy = loss_t.sum()

@@ -18,11 +18,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megacore.config.resolve import GATED
 from megacore.config.schema import ModelConfig
 from megacore.layout.partition import Segment
 from megacore.spec.params import ParamSpec, columns, rows
-
-GATED = frozenset({"swiglu", "geglu"})
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Builds a run from its description: the only place that knows every room."""
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -43,10 +44,12 @@ class Built:
 
 def join(config: RunConfig, info: RankInfo) -> torch.device:
     """Meet the other ranks and return this one's device; every rank must bring the same run."""
+    if config.train.deterministic:
+        # cuBLAS refuses to work deterministically without a workspace of fixed size, read when CUDA starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     device = process_group.device_of(info, config.train.device)
     process_group.start(info, device, config_hash(config))
-    if config.train.deterministic:
-        torch.use_deterministic_algorithms(True)
     return device
 
 

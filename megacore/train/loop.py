@@ -104,5 +104,6 @@ class Loop:
                 log.sample_temperature,
                 tokenizer.eod,
                 seed=step,
+                num_choices=tokenizer.vocab_size,
             )
             self.reporter.sample(step, prompt, tokenizer.decode(tokens))

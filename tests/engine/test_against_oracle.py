@@ -1,5 +1,7 @@
 """One process computes what an independent plain-PyTorch decoder computes: gradients per parameter, in float64."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.engine.common import assemble, batch_of, built_rank, parts, run_config, step_of, worst_difference
@@ -62,3 +64,13 @@ def test_gradients_are_those_of_an_independent_model(name: str) -> None:
     assert norm == pytest.approx(sum(grad.square().sum().item() for grad in expected.values()) ** 0.5, rel=1e-12)
     difference, where = worst_difference(assemble(config, [parts(built, "grads")]), expected)
     assert difference < 1e-10, where
+
+
+def test_evaluation_reports_the_plain_cross_entropy() -> None:
+    """Without smoothing, z-loss and dropout, so that validation losses of different runs can be compared."""
+    config = run_config(1, "train.label_smoothing=0.2", "train.z_loss=0.1", "model.dropout=0.5")
+    built, whole = built_rank(0, 1, config), batch_of(config, 1)
+    total, count = built.trainer.evaluate([replace(whole, training=False)]).tolist()
+    weights = {name: parameter.detach() for name, parameter in built.stage.named_parameters()}
+    plain = replace(config.model, dropout=0.0)
+    assert total / count == pytest.approx(PlainDecoder(plain, weights).loss(whole.token_bs, whole.label_bs).item())

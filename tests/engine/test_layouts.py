@@ -37,8 +37,11 @@ MODELS = {
         "data.reset_attention=true",
         "model.activation=relu2",
     ),
-    "a row or two each": ("model.vocab_size=5", "model.tie_embeddings=true", "model.activation=geglu"),
+    "fewer rows than ranks": ("model.vocab_size=3", "model.tie_embeddings=true", "model.activation=geglu"),
 }
+
+
+WIDE = {"tp2 dp4": (8, "parallel.tp=2"), "tp4 dp2 sequence": (8, "parallel.tp=4", "parallel.sequence_parallel=true")}
 
 
 def gradients_of_rank(rank: int, world_size: int, config: RunConfig) -> tuple[float, float, list[Part]]:
@@ -69,6 +72,19 @@ def test_gradients_are_those_of_one_process(
     expected_loss, expected_norm, expected = of_one_process[model]
     assert loss == pytest.approx(expected_loss, rel=1e-12)
     assert norm == pytest.approx(expected_norm, rel=1e-12)
+    difference, where = worst_difference(ours, expected)
+    assert difference < 1e-10, where
+
+
+@pytest.mark.parametrize("layout", WIDE)
+def test_eight_ranks_too(
+    pool: WorkerPool, of_one_process: dict[str, tuple[float, float, dict[str, Tensor]]], layout: str
+) -> None:
+    world_size, *overrides = WIDE[layout]
+    model = "gpt2 with dropout"
+    loss, norm, ours = gradients(pool, world_size, *MODELS[model], *overrides)
+    expected_loss, expected_norm, expected = of_one_process[model]
+    assert (loss, norm) == (pytest.approx(expected_loss, rel=1e-12), pytest.approx(expected_norm, rel=1e-12))
     difference, where = worst_difference(ours, expected)
     assert difference < 1e-10, where
 

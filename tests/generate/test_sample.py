@@ -104,3 +104,11 @@ def test_tokens_come_as_often_as_the_softmax_says(temperature: float) -> None:
     assert drawn[3] == 0
     assert ((drawn / tries - chance).abs() < 4.5 * (chance * (1 - chance) / tries).sqrt() + 1e-9).all()
     assert choose(logits, 0, key, 0) == 1
+
+
+def test_rows_without_a_token_are_never_drawn() -> None:
+    """A model's vocabulary may be padded beyond its tokenizer's."""
+    stage = stage_of(0, 1, MODEL)
+    drawn = continue_tokens(stage, PROMPT, 40, CONTEXT, temperature=5.0, num_choices=6)
+    assert len(set(drawn)) > 2
+    assert max(drawn) < 6
