@@ -85,7 +85,6 @@ BOUNDS: Mapping[str, Bound] = MappingProxyType(
                 "checkpoint.save_every",
                 "checkpoint.export_hf_every",
                 "log.console_every",
-                "log.console_every",
                 "log.sample_every",
                 "log.sample_temperature",
             ),

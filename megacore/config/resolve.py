@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from megacore.config.schema import ModelConfig, ParallelConfig, RunConfig
+from megacore.config.schema import ModelConfig, OptimConfig, ParallelConfig, RunConfig
 
 GATED = frozenset({"swiglu", "geglu"})
 
@@ -13,15 +13,11 @@ def resolve(config: RunConfig, world_size: int) -> RunConfig:
 
     The run must be legal (see `validate.check`). ``model.vocab_size`` stays 0 where it comes from the tokenizer.
     """
-    optim = config.optim
-    decay_steps = optim.decay_steps or config.train.steps
     return replace(
         config,
         model=resolve_model(config.model, config.train.seq_len),
         parallel=resolve_parallel(config.parallel, world_size),
-        optim=replace(
-            optim, decay_steps=decay_steps, wsd_decay_steps=optim.wsd_decay_steps or max(1, decay_steps // 10)
-        ),
+        optim=resolve_optim(config.optim, config.train.steps),
     )
 
 
@@ -47,6 +43,14 @@ def resolve_model(model: ModelConfig, seq_len: int) -> ModelConfig:
         max_positions=model.max_positions or seq_len,
         rope_scaling=scaling,
     )
+
+
+def resolve_optim(optim: OptimConfig, steps: int) -> OptimConfig:
+    """The update rule with the lengths that follow from the run's. The final decay of wsd begins after the warm-up, so
+    its length stays 0 where the warm-up takes all steps."""
+    decay_steps = optim.decay_steps or steps
+    tenth = min(max(1, decay_steps // 10), decay_steps - optim.warmup_steps)
+    return replace(optim, decay_steps=decay_steps, wsd_decay_steps=optim.wsd_decay_steps or tenth)
 
 
 def resolve_parallel(parallel: ParallelConfig, world_size: int) -> ParallelConfig:

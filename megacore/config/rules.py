@@ -84,6 +84,14 @@ def _rope_scaling(m: ModelConfig) -> Iterator[str]:
             f"model.rope_scaling.beta_slow={scaling.beta_slow} is not below beta_fast={scaling.beta_fast}; "
             "the paper has 1 and 32"
         )
+    if scaling.type == "ntk" and m.head_dim == 2:
+        # the base grows by factor^(d / (d - 2))
+        yield f"model.rope_scaling.type=ntk cannot slow the only pair of model.head_dim={m.head_dim}; use at least 4"
+    if scaling.type == "yarn" and m.rope_theta <= 1:
+        yield (
+            f"model.rope_theta={m.rope_theta} must be more than 1 with model.rope_scaling.type=yarn, which finds dims "
+            "by their frequency; 10000 is usual"
+        )
 
 
 def _tensor_parallel(m: ModelConfig, config: RunConfig) -> Iterator[str]:
@@ -190,6 +198,21 @@ def _data(config: RunConfig, world_size: int | None) -> Iterator[str]:
         yield f"data.fim_tokens={list(d.fim_tokens)} must name the prefix, middle and suffix tokens"
 
 
+def _log(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    log = config.log
+    if log.sample_every and not log.sample_prompts:
+        yield (
+            f"log.sample_every={log.sample_every} has no prompts to continue; give log.sample_prompts, or leave it out"
+        )
+    if log.sample_prompts and not log.sample_every:
+        yield (
+            f"log.sample_prompts={list(log.sample_prompts)} would never be continued with log.sample_every=0; give the "
+            "steps between samples, or leave the prompts out"
+        )
+    if not all(log.sample_prompts):
+        yield f"log.sample_prompts={list(log.sample_prompts)} has an empty prompt; give each at least one letter"
+
+
 def _divisors(number: int, near: int) -> str:
     return _nearest([n for n in range(1, number + 1) if number % n == 0], near)
 
@@ -214,4 +237,5 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_batch, ("parallel", "train")),
     (_optim, ("optim", "train.steps")),
     (_data, ("data", "train.eval_every")),
+    (_log, ("log.sample_every", "log.sample_prompts")),
 )

@@ -64,7 +64,7 @@ class Loop:
         for step in range(1, c.train.steps + 1):
             batch = self.data.plan.batch(step)
             microbatches = self.data.feed.step(step)
-            lr = learning_rate(c.optim, c.train.steps, step)
+            lr = learning_rate(c.optim, step)
             result = self.built.trainer.step(microbatches, batch.size * c.train.seq_len, lr)
             self.flush()
             now = time.perf_counter()

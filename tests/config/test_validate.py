@@ -44,7 +44,6 @@ BROKEN = [
         1,
         "beta_slow=40.0 is not below beta_fast=32.0",
     ),
-    (["model.vocab_size=3", "parallel.tp=4"], 4, "parallel.tp=4 exceeds model.vocab_size=3"),
     (
         ["train.global_batch_size=6", "train.micro_batch_size=2"],
         2,
@@ -61,6 +60,15 @@ BROKEN = [
         ["optim.lr_schedule=wsd", "optim.warmup_steps=60", "optim.wsd_decay_steps=60"],
         1,
         "do not fit into 100 steps; use at most 40",
+    ),
+    (["log.sample_every=5"], 1, "log.sample_every=5 has no prompts to continue"),
+    (["log.sample_prompts=Once"], 1, "log.sample_prompts=['Once'] would never be continued"),
+    (["log.sample_prompts=['Once', '']", "log.sample_every=5"], 1, "has an empty prompt"),
+    (["model.rope_scaling={type='ntk', factor=2}", "model.head_dim=2"], 1, "only pair of model.head_dim=2"),
+    (
+        ["model.rope_scaling={type='yarn', factor=2, original_seq_len=64}", "model.rope_theta=1"],
+        1,
+        "model.rope_theta=1.0 must be more than 1",
     ),
     (["optim.min_lr=1"], 1, "optim.min_lr=1.0 exceeds optim.lr=0.0003"),
     (["optim.momentum=0.9"], 1, "is sgd's"),
@@ -118,10 +126,14 @@ LEGAL = [
     (["parallel.tp=16"], 16),  # twice as many ranks as kv heads
     (["parallel.tp=2", "parallel.sequence_parallel=true", "model.vocab_size=1003", "model.num_layers=3"], 2),
     (["parallel.sequence_parallel=true"], 1),  # inactive
+    (["model.vocab_size=3", "parallel.tp=4"], 4),  # a rank without rows
     (["model.hidden_size=100", "model.head_dim=32"], 1),  # heads * head_dim need not be hidden_size
     (["train.global_batch_size=8", "train.batch_ramp=2,2,10"], 2),
     (["optim.lr=0", "optim.min_lr=0"], 1),
     (["optim.warmup_steps=100"], 1),
+    (["optim.warmup_steps=95", "optim.lr_schedule=wsd"], 1),
+    (["optim.warmup_steps=100", "optim.lr_schedule=wsd"], 1),
+    (["model.rope_scaling={type='ntk', factor=2}", "model.head_dim=4"], 1),
     (["precision.dtype=fp64", "optim.name=sgd", "optim.momentum=0.9", "optim.clip_grad=0"], 1),
 ]
 

@@ -3,9 +3,10 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from megacore.config.resolve import resolve_optim
 from megacore.config.schema import OptimConfig
 from megacore.optim.learning_rate import learning_rate
 
@@ -16,7 +17,8 @@ STEPS = 100
 def rates(kind: str, warmup: int = 10, **more: float | int) -> list[float]:
     """Of steps 1 to STEPS; index 0 is no step."""
     optim = OptimConfig(lr=1.0, min_lr=0.1, warmup_steps=warmup, lr_schedule=kind, **more)
-    return [math.nan] + [learning_rate(optim, STEPS, step) for step in range(1, STEPS + 51)]
+    resolved = resolve_optim(optim, STEPS)
+    return [math.nan] + [learning_rate(resolved, step) for step in range(1, STEPS + 51)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,7 +65,7 @@ def test_inverse_square_root() -> None:
     assert rate[40] == pytest.approx(0.5)
     assert rate[90] == pytest.approx(1 / 3)
     optim = OptimConfig(lr=1.0, min_lr=0.25, warmup_steps=10, lr_schedule="inverse_sqrt")
-    assert learning_rate(optim, STEPS, 10**6) == 0.25
+    assert learning_rate(resolve_optim(optim, STEPS), 10**6) == 0.25
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])
@@ -84,10 +86,12 @@ def test_the_decay_may_end_before_the_run(kind: str) -> None:
 def test_any_schedule_stays_between_its_bounds_and_never_rises_or_jumps_after_its_peak(
     kind: str, warmup: int, decay: int, wsd: int, low: float, total: int
 ) -> None:
+    assume(warmup <= (decay or total))
     optim = OptimConfig(
         lr=1.0, min_lr=low, warmup_steps=warmup, decay_steps=decay, wsd_decay_steps=wsd, lr_schedule=kind
     )
-    rate = [learning_rate(optim, total, step) for step in range(1, 301)]
+    resolved = resolve_optim(optim, total)
+    rate = [learning_rate(resolved, step) for step in range(1, 301)]
     assert rate[:warmup] == pytest.approx([step / warmup for step in range(1, warmup + 1)])
     after = ([1.0] if warmup else []) + rate[warmup:]
     assert all(low - 1e-12 <= value <= 1.0 for value in after)
