@@ -125,7 +125,7 @@ class OptimConfig:
     warmup_steps: int = key(0, "steps of linear warm-up from 0")
     lr_schedule: str = key("cosine", "decay after warm-up", ("cosine", "linear", "constant", "wsd", "inverse_sqrt"))
     decay_steps: int = key(0, "step at which the decay ends; 0: train.steps")
-    wsd_decay_steps: int = key(0, "wsd: length of the final decay; 0: a tenth of decay_steps, within what warm-up leaves")
+    wsd_decay_steps: int = key(0, "wsd: length of the final decay; 0: a tenth of decay_steps, or what warm-up leaves")
     weight_decay: float = key(0.1, "decoupled weight decay; norms, biases and embeddings are exempt")
     beta1: float = key(0.9, "decay of the first moment")
     beta2: float = key(0.95, "decay of the second moment")

@@ -6,8 +6,9 @@ from megacore.config.schema import OptimConfig
 
 
 def learning_rate(optim: OptimConfig, step: int) -> float:
-    """The rate of 1-based ``step`` under a resolved ``optim``: linear warm-up from 0, then the decay of ``optim.lr_schedule`` towards ``min_lr``.
+    """The rate of 1-based ``step``: linear warm-up from 0, then the decay of ``optim.lr_schedule`` towards ``min_lr``.
 
+    ``optim`` is resolved.
     cosine (Loshchilov and Hutter 2017), linear, constant, wsd: constant, then linear over the last
     ``wsd_decay_steps`` (Hu et al. 2024, MiniCPM), inverse_sqrt: lr * sqrt(warm-up / step), never below ``min_lr``
     (Vaswani et al. 2017). Schedules that decay to an end stay at ``min_lr`` after ``decay_steps``.
