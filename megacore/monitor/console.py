@@ -110,6 +110,11 @@ class Console:
         if self._log is not None:
             self._log.write(ANSI.sub("", text) + "\n")
 
+    def note(self, text: str) -> None:
+        """Writes a line to the log alone, where the terminal is told by somebody else."""
+        if self._log is not None:
+            self._log.write(text + "\n")
+
     def progress(self, text: str) -> None:
         """Shows a passing line on a live terminal, replaced by whatever comes next; logs and pipes never see it."""
         if self.stream is not None and self.live:

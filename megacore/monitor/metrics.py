@@ -15,8 +15,8 @@ class StepMetrics:
     """What is known after a step; the fields are the keys of metrics.jsonl, in their order.
 
     loss: mean over all tokens of the global batch, before the update. tokens: seen in total so far. mfu: share of
-    the peak, 0 to 1, None where the peak is unknown. memory_gb: peak, 1e9 bytes. skipped: the update was left out
-    because the gradient was not finite. val_loss: only where evaluated.
+    the peak, 0 to 1, None where the peak is unknown. memory_gb: peak, 1e9 bytes. skipped: an
+    update since the last record was left out because the gradient was not finite. val_loss: only where evaluated.
     """
 
     step: int

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from megacore.config.schema import RunConfig
 from megacore.data.fim import FimTokens
@@ -14,8 +13,8 @@ from megacore.data.tokenizers.base import Tokenizer
 from megacore.data.tokenizers.opening import open_tokenizer
 from megacore.mesh.mesh import ParallelMesh
 from megacore.model.inputs import Inputs
-from megacore.monitor.console import human_count
 from megacore.train.feed import Feed
+from megacore.train.overview import summary
 
 
 @dataclass(frozen=True)
@@ -43,17 +42,12 @@ def open_data(config: RunConfig, mesh: ParallelMesh) -> RunData:
     plan.check(mesh.dp.size)
     stream = _stream(config, tokenizer, "train", plan.num_samples(t.steps))
     feed = Feed(stream, plan, mesh.dp, mesh.device)
-    num_tokens = sum(source.num_tokens for source in stream.sources)
-    epochs = plan.num_samples(t.steps) * t.seq_len / num_tokens
-    names = ", ".join(Path(source.dataset.prefix).name for source in stream.sources[:3]) + (
-        ", ..." if len(stream.sources) > 3 else ""
-    )
-    summary = f"{human_count(num_tokens)} training tokens in {names}: {epochs:.2f} epochs"
+    described = summary(stream.sources, plan.num_samples(t.steps), t.seq_len)
     if not t.eval_every:
-        return RunData(tokenizer, plan, feed, lambda: iter(()), summary)
+        return RunData(tokenizer, plan, feed, lambda: iter(()), described)
     eval_stream = _stream(config, tokenizer, "valid", t.eval_steps * t.global_batch_size)
     eval_feed = Feed(eval_stream, plan, mesh.dp, mesh.device)
-    return RunData(tokenizer, plan, feed, lambda: eval_feed.evaluation(t.eval_steps, t.global_batch_size), summary)
+    return RunData(tokenizer, plan, feed, lambda: eval_feed.evaluation(t.eval_steps, t.global_batch_size), described)
 
 
 def _stream(config: RunConfig, tokenizer: Tokenizer | None, split: str, num_samples: int) -> SampleStream:

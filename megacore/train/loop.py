@@ -1,6 +1,5 @@
 """A run from its first step to its last: the loop that everything else serves."""
 
-import time
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from megacore.monitor.console import Phases
 from megacore.optim.learning_rate import learning_rate
 from megacore.train.build import Built, build, join
 from megacore.train.data import RunData, open_data
+from megacore.train.meter import Mark
 from megacore.train.reporter import Reporter
 from megacore.train.step import StepResult
 
@@ -31,6 +31,9 @@ def train(info: RankInfo, config: RunConfig, colour: bool = False, width: int = 
         try:
             reporter.start(built, data, phases)
             Loop(built, data, reporter).run()
+        except BaseException as error:
+            reporter.fault(error)
+            raise
         finally:
             reporter.close()
     finally:
@@ -45,7 +48,8 @@ class Late:
     step: int
     result: StepResult
     lr: float
-    seconds: float
+    began: Mark
+    ended: Mark
     tokens: int
     val_loss: Tensor | None = None
 
@@ -59,24 +63,30 @@ class Loop:
 
     def run(self) -> None:
         """All steps; each step's figures are read and written one step later: the device never waits for the host."""
-        c = self.config
-        started = time.perf_counter()
+        c, device = self.config, self.built.mesh.device
+        began = Mark(device)
         for step in range(1, c.train.steps + 1):
             batch = self.data.plan.batch(step)
             microbatches = self.data.feed.step(step)
             lr = learning_rate(c.optim, step)
             result = self.built.trainer.step(microbatches, batch.size * c.train.seq_len, lr)
+            ended = Mark(device)
             self.flush()
-            now = time.perf_counter()
-            self.late = Late(step, result, lr, now - started, batch.size * c.train.seq_len)
-            if c.train.eval_every and (step % c.train.eval_every == 0 or step == c.train.steps):
+            self.late = Late(step, result, lr, began, ended, batch.size * c.train.seq_len)
+            evaluates, samples = self.due(c.train.eval_every, step), self.due(c.log.sample_every, step)
+            if evaluates:
                 self.late.val_loss = self.evaluate()
-            if c.log.sample_every and (step % c.log.sample_every == 0 or step == c.train.steps):
+            if samples:
                 self.flush()
                 self.sample(step)
-            started = time.perf_counter()
+            # a step lasts from the end of the one before, but for what is no training
+            began = Mark(device) if evaluates or samples else ended
         self.flush()
         self.reporter.finish()
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether what happens every so many steps, and after the last, happens after this one; 0: never."""
+        return every > 0 and (step % every == 0 or step == self.config.train.steps)
 
     def flush(self) -> None:
         """Read and report the figures of the step before."""

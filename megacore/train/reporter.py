@@ -6,6 +6,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,11 +25,17 @@ from megacore.monitor.metrics import EventsWriter, MetricsWriter, StepMetrics, f
 from megacore.monitor.run_folder import CONFIG, LOG, archive_previous_run
 from megacore.monitor.trackers import Tracker, open_trackers
 from megacore.spec.flops import train_flops_per_token
+from megacore.train.meter import Meter, Skips, Span
+from megacore.train.overview import overview
 
 if TYPE_CHECKING:
     from megacore.train.build import Built
     from megacore.train.data import RunData
     from megacore.train.loop import Late
+
+
+MANY_SKIPS = 20
+"""A run that skips so many steps in a row has come to nothing, which is said once."""
 
 
 @dataclass
@@ -46,9 +53,8 @@ class Reporter:
 
     def __init__(self, config: RunConfig, mesh: ParallelMesh, files: Files | None) -> None:
         self.config, self.mesh, self.files = config, mesh, files
-        self.tokens = self.tokens_since = 0
-        self.seconds_since = 0.0
-        self.steps_since = 0
+        self.tokens = 0
+        self.recorded, self.shown, self.skips, self.warned = Meter(), Meter(), Skips(mesh.device), False
         self.began = time.perf_counter()
 
     @classmethod
@@ -69,8 +75,10 @@ class Reporter:
         if self.files is None:
             return
         c, layout, console = self.config, self.mesh.layout, self.files.console
-        for line in overview(built, data):
+        for line in overview(c, built.spec, layout, self.mesh.device.type, data.summary):
             console.line(line)
+        console.line("kernels  " + ", ".join(f"{choice.operation} ({choice.backend})" for choice in built.kernels))
+        console.line()
         for line in phase_lines(phases, console.paint):
             console.line(line)
         console.line()
@@ -85,32 +93,50 @@ class Reporter:
         )
 
     def step(self, late: Late) -> None:
-        """Report a step if it is due. Reading its figures waits for the device."""
-        self.tokens += late.tokens
-        self.tokens_since += late.tokens
-        self.seconds_since += late.seconds
-        self.steps_since += 1
-        c = self.config
-        always = late.step in (1, c.train.steps) or late.val_loss is not None
-        shown = always or late.step % (c.log.console_every or c.log.every) == 0
-        if self.files is None or not (shown or late.step % c.log.every == 0):
+        """Record a step, and show it, if that is due. Reading its figures waits for the device."""
+        if self.files is None:
             return
-        metrics = self.figures(late)
-        self.tokens_since, self.seconds_since, self.steps_since = 0, 0.0, 0
-        self.files.metrics.write(metrics)
-        for tracker in self.files.trackers:
-            tracker.log(metrics)
-        if shown:
+        c = self.config
+        self.tokens += late.tokens
+        self.recorded.add(late)
+        self.shown.add(late)
+        self.skips.add(late.result.skipped)
+        always = late.step in (1, c.train.steps) or late.val_loss is not None
+        if always or late.step % c.log.every == 0:
+            self.record(late, self.files)
+        if always or late.step % (c.log.console_every or c.log.every) == 0:
+            metrics = self.figures(late, self.shown.read())
             left = (c.train.steps - late.step) * (metrics.step_time_s or 0.0)
             self.files.console.line(format_line(metrics, c.train.steps, left, self.files.console.paint))
-        if metrics.skipped:
-            self.files.events.write("skip", step=late.step, reason="the gradient norm is not finite")
 
-    def figures(self, late: Late) -> StepMetrics:
-        """The record of a step; rates are averages since the last record."""
+    def record(self, late: Late, files: Files) -> None:
+        """Write a step down, with the skipped ones since the last record."""
+        span = self.recorded.read()
+        metrics = self.figures(late, span)
+        files.metrics.write(metrics)
+        for tracker in files.trackers:
+            tracker.log(metrics)
+        if not span.num_skipped:
+            return
+        files.events.write(
+            "skip",
+            first_step=span.first_step,
+            last_step=span.last_step,
+            count=span.num_skipped,
+            reason="the gradient norm is not finite",
+        )
+        if not self.warned and self.skips.longest_row >= MANY_SKIPS:
+            self.warned = True
+            text = (
+                f"{MANY_SKIPS} steps in a row were skipped because their gradients are not finite; try a lower optim.lr"
+            )
+            files.console.line(f"{files.console.paint('warning', 'yellow', 'bold')}  {text}")
+            files.events.write("warning", step=late.step, text=text)
+
+    def figures(self, late: Late, span: Span) -> StepMetrics:
+        """The figures of a step; rates are averages over the steps that the line stands for."""
         c, device = self.config, self.mesh.device
-        rate = self.tokens_since / self.seconds_since
-        tflops = rate * self.flops_per_token / self.mesh.layout.world / 1e12
+        tflops = span.tokens_per_s * self.flops_per_token / self.mesh.layout.world / 1e12
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         return StepMetrics(
@@ -119,12 +145,12 @@ class Reporter:
             grad_norm=late.result.grad_norm.item(),
             lr=late.lr,
             tokens=self.tokens,
-            tokens_per_s=rate,
-            step_time_s=self.seconds_since / self.steps_since,
+            tokens_per_s=span.tokens_per_s,
+            step_time_s=span.step_time_s,
             tflops_per_device=tflops,
             mfu=model_flops_utilization(tflops, name, c.precision.dtype),
             memory_gb=peak_memory_gb(peak),
-            skipped=bool(late.result.skipped.item()),
+            skipped=span.num_skipped > 0,
             val_loss=None if late.val_loss is None else late.val_loss.item(),
         )
 
@@ -147,9 +173,21 @@ class Reporter:
         if self.files is None:
             return
         seconds = time.perf_counter() - self.began
-        text = f"done: {human_count(self.tokens)} tokens in {human_time(seconds)}; everything is in {self.config.out}"
+        skipped = self.skips.total
+        without = f", {skipped} of {self.config.train.steps} steps skipped" if skipped else ""
+        done = f"done: {human_count(self.tokens)} tokens in {human_time(seconds)}"
+        text = f"{done}{without}; everything is in {self.config.out}"
         self.files.console.line(text)
-        self.files.events.write("finish", tokens=self.tokens, seconds=seconds)
+        self.files.events.write("finish", tokens=self.tokens, seconds=seconds, skipped=skipped)
+
+    def fault(self, error: BaseException) -> None:
+        """Write down what ended the run too early; whoever catches the error tells the terminal."""
+        if self.files is None:
+            return
+        text = f"{type(error).__name__}: {error}"
+        with suppress(OSError):  # a full disk may be the very fault, which must not be hidden by another
+            self.files.console.note(f"fault: {text}")
+            self.files.events.write("fault", error=text)
 
     def close(self) -> None:
         """Let go of all files."""
@@ -176,21 +214,3 @@ def open_files(config: RunConfig, colour: bool, width: int) -> Files:
     (out / CONFIG).write_text(to_toml(config), encoding="utf-8")
     trackers = open_trackers(out, config.log.tensorboard, config.log.wandb)
     return Files(console, MetricsWriter(out), EventsWriter(out), trackers)
-
-
-def overview(built: Built, data: RunData) -> list[str]:
-    """What is about to run, in a few lines."""
-    c, m, t = built.config, built.config.model, built.config.train
-    layout = built.mesh.layout
-    ranks = "1 process" if layout.world == 1 else f"{layout.world} processes"
-    sequence = ", sequence parallel" if c.parallel.sequence_parallel and layout.tp > 1 else ""
-    chosen = ", ".join(f"{choice.operation} ({choice.backend})" for choice in built.kernels)
-    return [
-        f"model    {m.family}, {human_count(built.spec.num_params)} parameters: {m.num_layers} layers, "
-        f"hidden {m.hidden_size}, {m.num_heads} heads ({m.num_kv_heads} kv), vocabulary {m.vocab_size}",
-        f"layout   {layout.describe()}{sequence}: {ranks} on {built.mesh.device.type}, {c.precision.dtype}",
-        f"batch    {t.global_batch_size} x {t.seq_len} tokens, microbatches of {t.micro_batch_size}; {t.steps} steps",
-        f"data     {data.summary}",
-        f"kernels  {chosen}",
-        "",
-    ]

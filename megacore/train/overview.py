@@ -1,0 +1,42 @@
+"""What is about to run, in a few lines. Imports no torch: `megacore train --dry-run` says it too."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megacore.config.schema import RunConfig
+from megacore.data.sampler import BatchPlan
+from megacore.data.source import Source
+from megacore.layout.layout import Layout
+from megacore.monitor.console import human_count
+from megacore.spec import ModelSpec
+
+
+def overview(config: RunConfig, spec: ModelSpec, layout: Layout, device: str, data: str) -> list[str]:
+    """Model, layout, batch and data of a resolved run; ``data`` is `summary`'s, ``device`` cpu, cuda or auto."""
+    m, t = config.model, config.train
+    ranks = "1 process" if layout.world == 1 else f"{layout.world} processes"
+    sequence = ", sequence parallel" if config.parallel.sequence_parallel and layout.tp > 1 else ""
+    return [
+        f"model    {m.family}, {human_count(spec.num_params)} parameters: {m.num_layers} layers, "
+        f"hidden {m.hidden_size}, {m.num_heads} heads ({m.num_kv_heads} kv), vocabulary {m.vocab_size}",
+        f"layout   {layout.describe()}{sequence}: {ranks} on {device}, {config.precision.dtype}",
+        f"batch    {t.global_batch_size} x {t.seq_len} tokens{ramp(config)}, microbatches of {t.micro_batch_size}; "
+        f"{t.steps} steps",
+        f"data     {data}",
+    ]
+
+
+def ramp(config: RunConfig) -> str:
+    """How the batch grows, if it does."""
+    t = config.train
+    if not t.batch_ramp:
+        return ""
+    stages = BatchPlan(t.global_batch_size, t.micro_batch_size, t.batch_ramp).stages
+    return f" (grown from {stages[0].size} by step {stages[-1].first_step})"
+
+
+def summary(sources: Sequence[Source], num_samples: int, seq_len: int) -> str:
+    """How much there is to read, and how often it is read."""
+    num_tokens = sum(source.num_tokens for source in sources)
+    names = ", ".join(Path(source.dataset.prefix).name for source in sources[:3]) + (", ..." if sources[3:] else "")
+    return f"{human_count(num_tokens)} training tokens in {names}: {num_samples * seq_len / num_tokens:.2f} epochs"
