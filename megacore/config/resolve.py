@@ -49,7 +49,7 @@ def resolve_optim(optim: OptimConfig, steps: int) -> OptimConfig:
     """The update rule with the lengths that follow from the run's. The final decay of wsd begins after the warm-up, so
     its length stays 0 where the warm-up takes all steps."""
     decay_steps = optim.decay_steps or steps
-    tenth = min(max(1, decay_steps // 10), decay_steps - optim.warmup_steps)
+    tenth = min(max(1, decay_steps // 10), max(0, decay_steps - optim.warmup_steps))
     return replace(optim, decay_steps=decay_steps, wsd_decay_steps=optim.wsd_decay_steps or tenth)
 
 

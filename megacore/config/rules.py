@@ -162,13 +162,14 @@ def _batch(config: RunConfig, world_size: int | None) -> Iterator[str]:
 
 def _optim(config: RunConfig, world_size: int | None) -> Iterator[str]:
     o, steps = config.optim, config.train.steps
-    if o.warmup_steps > (o.decay_steps or steps):
-        limit = f"optim.decay_steps={o.decay_steps}" if o.decay_steps else f"train.steps={steps}"
-        yield f"optim.warmup_steps={o.warmup_steps} exceeds {limit}; use at most {o.decay_steps or steps}"
-    elif o.lr_schedule == "wsd" and o.warmup_steps + o.wsd_decay_steps > (o.decay_steps or steps):
+    end = o.decay_steps or steps
+    # a run that is cut short inside its warm-up is a fair trial of a longer one
+    if steps > end and o.warmup_steps > end:
+        yield f"optim.warmup_steps={o.warmup_steps} exceeds optim.decay_steps={end}; use at most {end}"
+    elif o.lr_schedule == "wsd" and o.wsd_decay_steps > max(0, end - o.warmup_steps):
         yield (
             f"optim.wsd_decay_steps={o.wsd_decay_steps} and warmup_steps={o.warmup_steps} do not fit into "
-            f"{o.decay_steps or steps} steps; use at most {(o.decay_steps or steps) - o.warmup_steps}"
+            f"{end} steps; use at most {max(0, end - o.warmup_steps)}"
         )
     if o.min_lr > o.lr:
         yield f"optim.min_lr={o.min_lr} exceeds optim.lr={o.lr}; use at most {o.lr}"

@@ -54,7 +54,6 @@ BROKEN = [
     (["train.global_batch_size=8", "train.batch_ramp=3,1,10"], 2, "has a start of 3, not a multiple of"),
     (["train.global_batch_size=8", "train.batch_ramp=2,3,10"], 2, "has an increment of 3"),
     (["train.batch_ramp=1,2"], 1, "must be three positive numbers"),
-    (["optim.warmup_steps=200"], 1, "optim.warmup_steps=200 exceeds train.steps=100; use at most 100"),
     (["optim.warmup_steps=20", "optim.decay_steps=10"], 1, "exceeds optim.decay_steps=10"),
     (
         ["optim.lr_schedule=wsd", "optim.warmup_steps=60", "optim.wsd_decay_steps=60"],
@@ -131,6 +130,7 @@ LEGAL = [
     (["train.global_batch_size=8", "train.batch_ramp=2,2,10"], 2),
     (["optim.lr=0", "optim.min_lr=0"], 1),
     (["optim.warmup_steps=100"], 1),
+    (["optim.warmup_steps=200"], 1),  # cut short inside its warm-up
     (["optim.warmup_steps=95", "optim.lr_schedule=wsd"], 1),
     (["optim.warmup_steps=100", "optim.lr_schedule=wsd"], 1),
     (["model.rope_scaling={type='ntk', factor=2}", "model.head_dim=4"], 1),
