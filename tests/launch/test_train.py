@@ -1,0 +1,110 @@
+"""The command line of `megacore train`: what is refused, what a dry run says, and who speaks in a job."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megacore.config.load import load
+from megacore.config.resolve import resolve
+from megacore.data.indexed import IndexedWriter
+from megacore.exits import run
+from megacore.launch.train import as_rank
+from megacore.mesh.rank_info import RankInfo
+
+DRY = """
+import sys
+from megacore.exits import run
+code = run("megacore.launch.train", sys.argv[1:])
+assert "torch" not in sys.modules
+sys.exit(code)
+"""
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    prefix = str(tmp_path / "corpus")
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for _ in range(10):
+            writer.add_document(np.arange(100))
+    return prefix
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is rank 1 of 2 that torchrun started."""
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+
+
+def words(data: str, out: Path, *more: str) -> list[str]:
+    return ["--preset", "demo", f"data.blend={data}", f"out={out}", "train.seq_len=16", *more]
+
+
+@pytest.mark.parametrize("nproc", [0, -2])
+def test_no_process_is_refused(nproc: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("megacore.launch.train", ["--preset", "demo", f"--nproc={nproc}"]) == 2
+    assert capsys.readouterr().err.startswith(f"megacore: --nproc={nproc} must be at least 1")
+
+
+def test_a_dry_run_needs_no_torch_and_prints_a_run_file(data: str, tmp_path: Path) -> None:
+    more = ("parallel.tp=2", "train.batch_ramp=8,8,100", "train.steps=20", "train.eval_every=5", "data.split=8,2,0")
+    arguments = words(data, tmp_path / "run", *more, "--nproc", "2", "--dry-run")
+    done = subprocess.run([sys.executable, "-c", DRY, *arguments], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    head = done.stdout.partition("\n\n")[0].splitlines()
+    assert [line.split()[1] for line in head] == ["model", "layout", "batch", "data"]
+    # 2 * 4096 * 128 embeddings; 4 * (4 * 128^2 + 3 * 128 * 384) + 9 * 128 the rest
+    assert "1.90M parameters" in head[0]
+    assert "2 processes" in head[1]
+    assert "16 x 16 tokens (grown from 8 by step" in head[2]
+    assert "800 training tokens in corpus: " in head[3]
+    (tmp_path / "again.toml").write_text(done.stdout)
+    own = [word for word in arguments if "=" in word]
+    assert load(str(tmp_path / "again.toml")) == resolve(load(None, own, "demo"), 2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_finds_what_is_wrong_with_the_data(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("megacore.launch.train", words(data, tmp_path, "--dry-run", "data.blend=nothing")) == 2
+    assert "nothing" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("job")
+def test_the_first_rank_of_a_machine_speaks_of_wrong_input(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = ["--preset", "demo", "train.steps=0"]
+    assert run("megacore.launch.train", bad) == 2
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert run("megacore.launch.train", bad) == 2
+    assert "train.steps=0" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("job")
+def test_one_rank_of_a_job_starts_no_processes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert run("megacore.launch.train", ["--preset", "demo", "--nproc=1", "--dry-run"]) == 2
+    assert "--nproc=1 starts processes, but this one is already rank 1 of a job" in capsys.readouterr().err
+
+
+def test_who_lost_a_peer_leaves_the_cause_to_it(capsys: pytest.CaptureFixture[str]) -> None:
+    info = RankInfo(1, 2, 1, 2, "env://")
+    target = "tests.launch.targets:fail_with"
+    assert as_rank(target, info, (RuntimeError("Connection closed by peer"),)) == 1
+    assert capsys.readouterr().err == "megacore: rank 1 of 2 ends because another one has\n"
+    assert as_rank(target, info, (KeyError("the cause"),)) == 1
+    shown = capsys.readouterr().err
+    assert "rank 1 of 2 failed: KeyError" in shown
+    assert "in fail_with" in shown
+    assert "Traceback" not in shown
+    assert as_rank("tests.launch.targets:leave_with", info, ([0, 75],)) == 75
