@@ -24,6 +24,7 @@ from typing import Any
 from megacore.launch.failures import Failure, cause, describe
 from megacore.launch.worker import Assignment, call, work
 from megacore.mesh.rank_info import RankInfo
+from megacore.processes import usable_cores
 
 SETTLE_S = 1.5  # after a failure, time for the other ranks to tell theirs: the first heard need not be the cause
 
@@ -82,10 +83,9 @@ def run_local(target: str, args: tuple[Any, ...], nproc: int, write: Callable[[s
 
 def assignments(target: str, args: tuple[Any, ...], nproc: int, rendezvous: str) -> Iterator[Assignment]:
     """One for each rank; they share this process' cores."""
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     for rank in range(nproc):
         info = RankInfo(rank, nproc, rank, nproc, rendezvous)
-        yield Assignment(target, args, info, max(1, num_cores // nproc))
+        yield Assignment(target, args, info, max(1, usable_cores() // nproc))
 
 
 def start(assignment: Assignment) -> Rank:

@@ -2,17 +2,15 @@
 
 import ctypes
 import importlib
-import multiprocessing
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from typing import Any
 
+from megacore import processes
 from megacore.launch.failures import Failure
 from megacore.mesh.rank_info import RankInfo
 
@@ -78,16 +76,8 @@ def set_threads(num_threads: int) -> None:
 
 def end_with_parent() -> None:
     """From now on this process ends when the one that called `run_local` is gone, however that came."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "only a child process has a parent to follow"
+    # The fork server outlives a killed parent as long as it has children, so the ranks watch the parent themselves.
+    processes.end_with_parent()
     if sys.platform == "linux":
         # Should the fork server be killed, the kernel ends the ranks: the parent takes them for dead and cannot.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # The fork server outlives a killed parent as long as it has children, so the ranks watch the parent themselves.
-    threading.Thread(target=leave_with, args=(parent,), daemon=True).start()
-
-
-def leave_with(parent: BaseProcess) -> None:
-    """Waits for the parent's end and ends this process, whatever its other threads are busy with."""
-    parent.join()
-    os._exit(1)

@@ -17,6 +17,7 @@ from megacore.data.found_text import library_files, sources
 from megacore.data.prepare import prepare
 from megacore.data.text.options import ReadOptions
 from megacore.data.train_tokenizer import train_sentencepiece
+from megacore.processes import one_thread_for_libraries
 
 BASELINE = "library"
 VOCAB_SIZE = 8000
@@ -65,7 +66,6 @@ def library_alone(case: Case, path: str, texts: list[str]) -> Callable[[], objec
     if case.library == "sentencepiece":
         processor = library.SentencePieceProcessor(model_file=path)
         return lambda: processor.encode(texts, num_threads=1)
-    # `prepare` has told the library's thread pool to have one thread (megacore/data/text/encode.py).
     tokenizer = library.Tokenizer.from_file(path)
     return lambda: [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -73,6 +73,7 @@ def library_alone(case: Case, path: str, texts: list[str]) -> Callable[[], objec
 def measure(case: Case, rounds: int, max_bytes: int = 4_000_000) -> Comparison:
     """One case: both sides in turn. The ratio is per core: `prepare` runs with one worker, and the seconds are the
     process' CPU seconds, which other programs on the machine do not lengthen."""
+    one_thread_for_libraries()
     with tempfile.TemporaryDirectory(prefix="megacore-bench-") as name:
         folder = Path(name)
         texts = texts_of(case, max_bytes)

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +29,7 @@ from megacore.data.text.encode import Batch, BatchEncoder, Tokenised, batches
 from megacore.data.text.options import ReadOptions
 from megacore.data.text.sources import BadInput, Source, find_sources
 from megacore.data.tokenizers import Tokenizer, open_tokenizer
+from megacore.processes import end_with_parent, one_thread_for_libraries
 
 AHEAD = 4  # batches waiting per worker
 MAX_SEQUENCE = 1 << 27  # tokens of one document held in memory; a longer one becomes several sequences
@@ -195,19 +194,23 @@ class LongDocument:
     def __init__(self, writer: IndexedWriter) -> None:
         self.writer = writer
         self.parts: list[np.ndarray] = []
-        self.broken = False
+        self.broken = self.written = False
 
     def add(self, part: Tokenised) -> None:
-        """Take the next part; the last one writes the document, unless a part of it is broken and to be left out."""
+        """Take the next part; the last one writes the document, unless a part of it is broken and to be left out.
+
+        Of a broken document so long that sequences of it were written already, those stay, as a document.
+        """
         if part.starts:
-            self.broken = False
+            self.broken = self.written = False
         self.broken |= part.num_broken > 0
         self.parts.append(part.ids)
         if part.ends or sum(ids.size for ids in self.parts) >= MAX_SEQUENCE:
             if not self.broken:
                 self.writer.add_sequence(np.concatenate(self.parts))
+                self.written = True
             self.parts = []
-        if part.ends and not self.broken:
+        if part.ends and self.written:
             self.writer.end_document()
 
 
@@ -248,13 +251,7 @@ def _encode(batch: Batch, tokenizer: str, options: ReadOptions, eod: int | None)
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and die with it however it dies."""
+    """Leave Ctrl-C to the parent, die with it however it dies, and keep to one core."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _die_with(sentinel: int) -> None:
-    wait([sentinel])
-    os._exit(1)
+    end_with_parent()
+    one_thread_for_libraries()

@@ -173,27 +173,39 @@ def test_a_long_broken_document_is_left_out_whole(tmp_path):
     assert progress.num_documents == 1 and progress.num_broken == 1
 
 
+class Writer:
+    """Keeps what a `LongDocument` writes."""
+
+    def __init__(self) -> None:
+        self.sequences: list[list[int]] = []
+        self.ended = 0
+
+    def add_sequence(self, ids: np.ndarray) -> None:
+        self.sequences.append(ids.tolist())
+
+    def end_document(self) -> None:
+        self.ended += 1
+
+
+def part(ids: list[int], starts: bool, ends: bool, num_broken: int = 0) -> encode.Tokenised:
+    return encode.Tokenised(np.array(ids), np.array([len(ids)]), starts, ends, 0, 0, num_broken=num_broken)
+
+
 def test_a_broken_part_drops_the_others():
-    class Writer:
-        def __init__(self) -> None:
-            self.sequences: list[list[int]] = []
-            self.ended = 0
-
-        def add_sequence(self, ids: np.ndarray) -> None:
-            self.sequences.append(ids.tolist())
-
-        def end_document(self) -> None:
-            self.ended += 1
-
-    def part(ids: list[int], starts: bool, ends: bool, num_broken: int = 0) -> encode.Tokenised:
-        return encode.Tokenised(np.array(ids), np.array([len(ids)]), starts, ends, 0, 0, num_broken=num_broken)
-
     long = LongDocument(writer := Writer())
     for arguments in (([1], True, False), ([2], False, True), ([3], True, False, 1), ([4], False, True)):
         long.add(part(*arguments))
     for arguments in (([5], True, False), ([6], False, False), ([7], False, True)):
         long.add(part(*arguments))
     assert writer.sequences == [[1, 2], [5, 6, 7]] and writer.ended == 2
+
+
+def test_what_is_written_of_a_broken_document_does_not_run_into_the_next(monkeypatch):
+    monkeypatch.setattr("megacore.data.prepare.MAX_SEQUENCE", 2)
+    long = LongDocument(writer := Writer())
+    for arguments in (([1, 2], True, False), ([3], False, False, 1), ([4], False, True), ([5], True, True)):
+        long.add(part(*arguments))
+    assert writer.sequences == [[1, 2], [5]] and writer.ended == 2
 
 
 def test_an_existing_data_set_is_kept(tmp_path):

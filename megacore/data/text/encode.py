@@ -1,6 +1,5 @@
 """Blocks of text to arrays of tokens: what one worker process does all day."""
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -83,9 +82,6 @@ class BatchEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, options: ReadOptions, eod: int | None) -> None:
-        # The `tokenizers` library would start a thread per core in every worker; its pool asks the C environment.
-        # (TOKENIZERS_PARALLELISM=false does it too, but batches of small texts then take half as long again.)
-        os.putenv("RAYON_NUM_THREADS", "1")
         self.tokenizer = tokenizer
         self.options, self.eod = options, eod
         self.dtype = token_dtype(self.tokenizer.vocab_size)
