@@ -28,7 +28,7 @@ class MicroBatch:
     """Samples ready to be computed; b samples of s tokens."""
 
     tokens: Ints  # [b, s]
-    labels: Ints  # [b, s] next tokens; -100: no target
+    labels: Ints  # [b, s] next tokens; documents.IGNORE (-100): no target
     positions: Ints | None  # [b, s] with data.reset_positions; None: 0 .. s - 1
     documents: Ints | None  # [b, s] with data.reset_attention: tokens attend within equal numbers; None: one document
     ordinals: Ints  # [b]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megacore.parallel.cross_entropy import IGNORE
+from megacore.data.documents import IGNORE
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from megacore.data.documents import IGNORE
 from megacore.layout.partition import Piece
 from megacore.mesh.collectives import all_gather, all_gather_start, all_reduce, all_reduce_start, reduce_scatter_start
 from megacore.parallel.tensor import TensorParallel
 from megacore.parallel.wgrad import accumulate_linear
-
-IGNORE = -100
-"""Label of a token that is not a target."""
 
 CHUNK = 1 << 20
 """Logits that go through a chunk at once."""

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megacore.data.documents import IGNORE
 from megacore.kernels.linear import ONEDNN, onednn_refuses
 from megacore.layout import Segment
 from megacore.mesh.group import CommLog
 from megacore.parallel import cross_entropy
-from megacore.parallel.cross_entropy import IGNORE, Vocabulary, linear_cross_entropy
+from megacore.parallel.cross_entropy import Vocabulary, linear_cross_entropy
 from megacore.parallel.tensor import TensorParallel
 from megacore.spec import ParamSpec
 from megacore.spec.params import rows
