@@ -17,6 +17,19 @@ torch=${MEGACORE_TORCH:-torch==2.13.0}
 say() { printf 'set-up: %s\n' "$*"; }
 fail() { printf 'set-up: %s\n' "$*" >&2; exit 1; }
 
+# pip without its chatter (notes about index locations spoil the first screen): shown only where it fails.
+pip_install() {
+    local log code=0
+    log=$(mktemp)
+    "$venv/bin/python" -m pip install --disable-pip-version-check "$@" >"$log" 2>&1 || code=$?
+    if [ "$code" -ne 0 ]; then
+        tail -n 30 "$log" >&2
+        say "pip could not install ${*: -1}; its last lines stand above" >&2
+    fi
+    rm -f "$log"
+    return "$code"
+}
+
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 find_python() {
@@ -60,9 +73,9 @@ for done in all "$extras"; do
 done
 
 say "installing $torch (the first time it is downloaded: several minutes)"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$torch"
+pip_install "$torch"
 say "installing megacore[$extras] and building its C++ helper"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
+pip_install --editable ".[$extras]"
 if ! "$venv/bin/python" -c 'import megacore.data._native' 2>/dev/null; then
     say "the C++ helper could not be built, so numpy does its work: all results are the same, sample indices of large"
     say "corpora take longer. With a C++17 compiler (Debian, Ubuntu: apt install g++), remove $venv and start again."

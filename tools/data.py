@@ -1,7 +1,13 @@
 """`megacore data`: makes a tokenizer, tokenises corpora, shows and merges data sets, builds sample indices ahead."""
 
 import argparse
+import json
+import signal
 import sys
+from collections.abc import Callable
+from dataclasses import fields
+from types import FrameType
+from typing import NoReturn
 
 from megacore.config.schema import DataConfig
 from megacore.data.text.options import DOCUMENTS, ERRORS, FORMATS, ReadOptions
@@ -13,12 +19,40 @@ INPUT_HELP = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one of the subcommands; returns the exit code."""
-    arguments = parser().parse_args(argv)
+    """Run one of the subcommands: results go to stdout, progress to stderr. 2: something is wrong with a data set."""
+    options = vars(parser().parse_args(argv))
+    command, as_json = options.pop("command"), options.pop("json")
+    if "format" in options:
+        options["reading"] = ReadOptions(**{field.name: options.pop(field.name) for field in fields(ReadOptions)})
     # numpy and the tokenizer libraries are loaded only now, so that --help answers at once.
-    from megacore.tools import data_commands
+    from megacore.corpora import indexing, looking, making
+    from megacore.corpora.report import Report
+    from megacore.launch.terminal import colour_wanted, page_width
+    from megacore.monitor.console import Console
 
-    return int(getattr(data_commands, f"run_{arguments.command}")(arguments))
+    commands: dict[str, Callable[..., Report]] = {
+        "tokenizer": making.make_tokenizer,
+        "prepare": making.make_dataset,
+        "inspect": looking.look,
+        "merge": making.merge,
+        "index": indexing.build_index,
+    }
+    signal.signal(signal.SIGTERM, leave)  # so that temporary files are cleared away
+    console = Console(sys.stderr, colour=colour_wanted(sys.stderr), width=page_width())
+    try:
+        report = commands[command](**options, console=console)
+    finally:
+        console.close()
+    for line in [json.dumps(report.facts, indent=2, ensure_ascii=False)] if as_json else report.lines:
+        print(line)
+    for problem in report.problems:
+        print(f"megacore: {problem}", file=sys.stderr)
+    return 2 if report.problems else 0
+
+
+def leave(signum: int, frame: FrameType | None) -> NoReturn:
+    """End by an exception, which clean-up sees."""
+    sys.exit(128 + signum)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,6 +76,7 @@ def _tokenizer(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command.add_argument(
         "--special-token",
         action="append",
+        dest="special_tokens",
         metavar="NAME",
         help=f"a token that no text gives; may be repeated (default: {' '.join(DataConfig().fim_tokens)})",
     )
@@ -55,7 +90,9 @@ def _prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     command.add_argument("--tokenizer", required=True, metavar="T", help=TOKENIZER_HELP)
     command.add_argument("--output", required=True, metavar="PREFIX", help="path of the data set, without ending")
     command.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: all cores)")
-    command.add_argument("--no-eod", action="store_true", help="put no end-of-document token behind each document")
+    command.add_argument(
+        "--no-eod", action="store_false", dest="append_eod", help="put no end-of-document token behind each document"
+    )
     command.add_argument("--eod-token", default="", metavar="NAME", help="its name, if not the tokenizer's own")
     command.add_argument("--overwrite", action="store_true", help="replace an existing data set")
     return command
@@ -98,7 +135,9 @@ def _index(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> a
 
 def _add_reading(command: argparse.ArgumentParser) -> None:
     default = ReadOptions()
-    command.add_argument("--input", required=True, nargs="+", action="extend", metavar="FILE", help=INPUT_HELP)
+    command.add_argument(
+        "--input", required=True, nargs="+", action="extend", dest="inputs", metavar="FILE", help=INPUT_HELP
+    )
     command.add_argument("--format", choices=FORMATS, default=default.format, help="auto: by the file's name")
     command.add_argument(
         "--json-key",

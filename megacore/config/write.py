@@ -18,11 +18,9 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def to_toml(config: Any) -> str:
-    """All keys as TOML; ``load`` of it gives ``config`` again."""
-    lines: list[str] = []
-    _table(config, "", lines)
-    return "\n".join(lines).strip() + "\n"
+def to_toml(config: Any, usual: Any = None) -> str:
+    """All keys as TOML; ``load`` of it gives ``config`` again. With ``usual``, only the keys that differ from it."""
+    return "\n".join(_table(config, usual, "")).strip() + "\n"
 
 
 def config_hash(config: Any) -> str:
@@ -42,15 +40,14 @@ def toml_value(value: Any) -> str:
     return repr(value)
 
 
-def _table(section: Any, name: str, lines: list[str]) -> None:
-    tables = []
-    if name:
-        lines += ["", f"[{name}]"]
+def _table(section: Any, usual: Any, name: str) -> list[str]:
+    own: list[str] = []
+    tables: list[str] = []  # they come after the table's own keys
     for field in fields(section):
-        value = getattr(section, field.name)
-        if is_dataclass(value):  # sub-tables come after a table's own keys
-            tables.append((field.name, value))
-        else:
-            lines.append(f"{field.name} = {toml_value(value)}")
-    for key, value in tables:
-        _table(value, f"{name}.{key}" if name else key, lines)
+        value, common = getattr(section, field.name), getattr(usual, field.name, None)
+        if is_dataclass(value):
+            tables += _table(value, common, f"{name}.{field.name}" if name else field.name)
+        elif usual is None or value != common:
+            own.append(f"{field.name} = {toml_value(value)}")
+    header = ["", f"[{name}]"] if name and own else []
+    return [*header, *own, *tables]

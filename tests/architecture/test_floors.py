@@ -30,6 +30,8 @@ FLOORS = {
     "monitor": 5,
     "doctor": 5,
     "generate": 5,
+    "corpora": 5,
+    "demo": 5,
     "launch": 6,
     "tools": 6,
 }
@@ -43,6 +45,8 @@ NEIGHBOURS = {
     "train": {"monitor", "generate"},
     "verify": {"train"},
     "bench": {"train", "monitor"},
+    "corpora": {"monitor"},
+    "demo": {"monitor"},
     "tools": {"launch"},
 }
 
@@ -114,7 +118,7 @@ def test_floor_0_knows_no_torch(room):
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("room", ["data", "tools"])
+@pytest.mark.parametrize("room", ["data", "corpora", "demo", "tools"])
 def test_torch_is_not_imported_at_the_top(room):
     """These answer on the command line at once; what needs torch imports it when it is called."""
     wrong = []

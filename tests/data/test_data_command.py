@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megacore.corpora.progress import ProgressDisplay, progress_line
 from megacore.data.indexed import IndexedDataset, IndexedWriter
 from megacore.data.meta import DataMeta
 from megacore.data.prepare import Progress
 from megacore.exits import run
 from megacore.monitor.console import Console
-from megacore.tools import data_commands
-from megacore.tools.data_commands import ProgressDisplay, progress_line
 from tests.data.texts import corpus
 
 
@@ -23,7 +22,7 @@ def command(capsys, monkeypatch, tmp_path):
     """command(words...) -> (exit code, stdout, stderr), run in the test's folder."""
     monkeypatch.chdir(tmp_path)
     # The command would keep this handler for the rest of the test run.
-    monkeypatch.setattr(data_commands.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
 
     def call(*words: str) -> tuple[int, str, str]:
         code = run("megacore.tools.data", list(words))

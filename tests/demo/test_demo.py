@@ -10,7 +10,8 @@ import pytest
 from megacore.config.load import load
 from megacore.config.resolve import resolve
 from megacore.config.validate import check
-from megacore.tools.demo import run_file_text, vocabulary_for
+from megacore.demo.run_file import run_file_text
+from megacore.demo.tokenizer import vocabulary_for
 
 
 def demo(folder, *words, timeout=300):

@@ -1,0 +1,1 @@
+"""The tour that `megacore demo` gives: text, tokenizer, dataset, training, and what came of it."""
