@@ -1,6 +1,5 @@
 """Stage 3: tokens in a memory-mapped .bin/.idx pair."""
 
-import os
 from pathlib import Path
 
 from megacore import __version__
@@ -8,6 +7,7 @@ from megacore.data.prepare import Progress, prepare
 from megacore.data.tokenizers import Tokenizer
 from megacore.demo.text import Corpus
 from megacore.demo.workshop import Workshop
+from megacore.processes import usable_cores
 
 MOST_WORKERS = 4  # so small a corpus keeps no more of them busy
 
@@ -26,7 +26,7 @@ def make_dataset(shop: Workshop, corpus: Corpus, tokenizer: Tokenizer) -> Path:
         share = progress.consumed / max(progress.total, 1)
         shop.passing(f"{share:4.0%}  {progress.num_tokens:,} tokens")
 
-    workers = max(1, min(MOST_WORKERS, os.cpu_count() or 1))
+    workers = min(MOST_WORKERS, usable_cores())
     source, spec, output = str(corpus.path), tokenizer.spec, str(prefix)
     done = prepare([source], spec, output, workers=workers, overwrite=True, on_progress=show)
     shop.stamps.done("dataset", inputs)
