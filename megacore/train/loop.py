@@ -24,21 +24,26 @@ def train(info: RankInfo, config: RunConfig, colour: bool = False, width: int = 
     with phases.time("join"):
         device = join(config, info)
     try:
-        built = build(config, info, device, phases)
-        with phases.time("data"):
-            data = open_data(config, built.mesh)
-        reporter = Reporter.open(config, built.mesh, colour, width)
-        try:
-            reporter.start(built, data, phases)
-            Loop(built, data, reporter).run()
-        except BaseException as error:
-            reporter.fault(error)
-            raise
-        finally:
-            reporter.close()
+        run(info, config, device, phases, colour, width)
     finally:
         process_group.stop()
     return 0
+
+
+def run(info: RankInfo, config: RunConfig, device: torch.device, phases: Phases, colour: bool, width: int) -> None:
+    """Build and walk the run. A function of its own: all that holds a process group ends with it."""
+    built = build(config, info, device, phases)
+    with phases.time("data"):
+        data = open_data(config, built.mesh)
+    reporter = Reporter.open(config, built.mesh, colour, width)
+    try:
+        reporter.start(built, data, phases)
+        Loop(built, data, reporter).run()
+    except BaseException as error:
+        reporter.fault(error)
+        raise
+    finally:
+        reporter.close()
 
 
 @dataclass
@@ -104,7 +109,7 @@ class Loop:
     def sample(self, step: int) -> None:
         """Continue each prompt, on all ranks alike."""
         log, tokenizer = self.config.log, self.data.tokenizer
-        assert tokenizer is not None, "open_data refuses to sample without a tokenizer"
+        assert tokenizer is not None, "a run that samples without a tokenizer is refused before it starts"
         for prompt in log.sample_prompts:
             tokens = continue_tokens(
                 self.built.stage,
@@ -112,7 +117,7 @@ class Loop:
                 log.sample_tokens,
                 self.config.train.seq_len,
                 log.sample_temperature,
-                tokenizer.eod,
+                self.data.eod,
                 seed=step,
                 num_choices=tokenizer.vocab_size,
             )
