@@ -54,7 +54,7 @@ def cut_text(text: str, limit: int) -> list[str]:
 
 def _last_match(pattern: re.Pattern[bytes], data: bytes, limit: int) -> int:
     """End of the last match within (limit / 2, limit); 0: there is none. Looks near the limit first."""
-    for window in (min(512, limit // 2), limit // 2):
+    for window in (min(128, limit // 2), limit // 2):
         ends = [match.end() for match in pattern.finditer(data, limit - window, limit)]
         if ends:
             return ends[-1]

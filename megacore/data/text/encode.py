@@ -14,7 +14,7 @@ from megacore.data.text.options import ReadOptions
 from megacore.data.text.sources import BadInput
 from megacore.data.tokenizers import Tokenizer
 
-PART_BYTES = 1 << 13  # longer texts go to the tokenizer in parts: its time grows faster than the text
+PART_BYTES = 1 << 14  # longer texts go to the tokenizer in parts: its time grows faster than the text
 
 
 @dataclass(frozen=True)
