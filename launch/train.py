@@ -14,7 +14,7 @@ from megacore.config.resolve import resolve, smallest_world
 from megacore.config.schema import RunConfig
 from megacore.config.validate import check
 from megacore.config.write import to_toml
-from megacore.data.run_tokenizer import fill_in
+from megacore.data.run_data import fill_in
 from megacore.data.sampler import BatchPlan
 from megacore.data.source import open_sources
 from megacore.exits import raised_by_us
@@ -67,14 +67,9 @@ def requested(args: argparse.Namespace, info: RankInfo | None) -> tuple[RunConfi
 
 
 def preview(config: RunConfig, world_size: int) -> str:
-    """What `--dry-run` prints: the overview as comments, then the resolved run, which together are a run file.
-
-    Raises ValueError for data that cannot serve the run.
-    """
+    """What `--dry-run` prints: the overview as comments, then the resolved run, which together are a run file."""
     t = config.train
     sources = open_sources(config.data, "train", config.model.vocab_size)
-    if t.eval_every:
-        open_sources(config.data, "valid", config.model.vocab_size)
     num_samples = BatchPlan(t.global_batch_size, t.micro_batch_size, t.batch_ramp).num_samples(t.steps)
     layout = Layout.of(config.parallel, world_size)
     data = summary(sources, num_samples, t.seq_len)
@@ -111,7 +106,8 @@ def complete(config: RunConfig, world_size: int) -> RunConfig:
 
     Raises ValueError with everything that is wrong, before any process has started.
     """
-    check(config, world_size)
+    blend = "data.blend is empty: there is nothing to train on; give a data set's prefix, or a list of [weight, prefix]"
+    check(config, world_size, () if config.data.blend else (blend,))
     config = fill_in(config)
     check(config, world_size)  # the vocabulary is known now
     return resolve(config, world_size)

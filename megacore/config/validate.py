@@ -12,9 +12,10 @@ from megacore.config.supported import unsupported
 from megacore.config.write import flatten
 
 
-def check(config: RunConfig, world_size: int) -> None:
-    """Raise ConfigError with everything that keeps ``config`` from training on ``world_size`` ranks."""
-    problems = [*validate(config, world_size), *unsupported(config)]
+def check(config: RunConfig, world_size: int, more: Collection[str] = ()) -> None:
+    """Raise ConfigError with everything that keeps ``config`` from training on ``world_size`` ranks, and with ``more``
+    that the caller found."""
+    problems = [*validate(config, world_size), *unsupported(config), *more]
     if problems:
         raise ConfigError(problems)
 

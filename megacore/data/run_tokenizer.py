@@ -1,23 +1,11 @@
 """Which tokenizer a run uses: the one it names, else the one its data was made with; and that both are the same."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
-from megacore.config.schema import DataConfig, RunConfig
-from megacore.data.indexed import IndexedDataset
+from megacore.config.schema import DataConfig
 from megacore.data.meta import DataMeta
 from megacore.data.tokenizers import Tokenizer, open_tokenizer
-
-
-def data_metas(data: DataConfig) -> dict[str, DataMeta]:
-    """The facts of every data set that a run reads, by prefix.
-
-    Raises:
-        ValueError: a data set is missing or damaged.
-    """
-    prefixes = [prefix for _, prefix in (*data.blend, *data.eval_blend)]
-    return {prefix: DataMeta.load(IndexedDataset(prefix)) for prefix in prefixes}
 
 
 def resolve_tokenizer(data: DataConfig, metas: Mapping[str, DataMeta]) -> Tokenizer | None:
@@ -25,7 +13,7 @@ def resolve_tokenizer(data: DataConfig, metas: Mapping[str, DataMeta]) -> Tokeni
 
     Args:
         data: the `data` section.
-        metas: the facts of its data sets, by prefix (see `data_metas`).
+        metas: the facts of its data sets, by prefix.
 
     Raises:
         ValueError: the tokenizer cannot be opened, or a data set was made with another one.
@@ -75,28 +63,4 @@ def _check_same(prefix: str, meta: DataMeta, tokenizer: Tokenizer, given: bool) 
     raise ValueError(
         f"{prefix} was made with the tokenizer {meta.tokenizer!r}, but {tokenizer.spec!r} is another one (content hash "
         f"{hashes}): the file has changed, or the data sets of data.blend differ; prepare all of them with one"
-    )
-
-
-def fill_in(config: RunConfig) -> RunConfig:
-    """The run with what only its data can tell: ``data.tokenizer``, and ``model.vocab_size`` where it is 0.
-
-    Raises:
-        ValueError: as above; or nothing says how large the vocabulary is, or it is too small for the data.
-    """
-    metas = data_metas(config.data)
-    tokenizer = resolve_tokenizer(config.data, metas)
-    sizes = [meta.vocab_size for meta in metas.values() if meta.vocab_size]
-    needed = max([*sizes, tokenizer.vocab_size if tokenizer else 0])
-    given = config.model.vocab_size
-    if not given and not needed:
-        raise ValueError("model.vocab_size=0 is to come from the data, which does not say; give it, or data.tokenizer")
-    if 0 < given < needed:
-        raise ValueError(
-            f"model.vocab_size={given} is smaller than the data's vocabulary of {needed}; give at least {needed}"
-        )
-    return replace(
-        config,
-        model=replace(config.model, vocab_size=given or needed),
-        data=replace(config.data, tokenizer=tokenizer.spec if tokenizer else ""),
     )

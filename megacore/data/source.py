@@ -57,27 +57,40 @@ class Source:
 def open_sources(config: DataConfig, split: str, vocab_size: int) -> list[Source]:
     """Open what a split reads.
 
-    With `data.eval_blend` training reads all of `data.blend` and validation all of `data.eval_blend`; otherwise both
-    are ranges of `data.blend` by `data.split`.
-
     Raises:
         ValueError: there is no such data, it is damaged, empty, or of tokenizers that do not agree.
     """
-    shares = config.split
-    blend = config.blend
-    if config.eval_blend:
-        if split == "test":
-            raise ValueError("data.eval_blend gives validation data only; leave it empty to get a test split")
-        shares = (1.0, 0.0, 0.0) if split == "train" else (0.0, 1.0, 0.0)
-        blend = config.blend if split == "train" else config.eval_blend
+    blend, shares = read_by(config, split)
     check_weights([weight for weight, _ in blend])
-    sources = [_open(prefix, weight, shares, split) for weight, prefix in blend]
+    datasets = [(IndexedDataset(prefix), weight) for weight, prefix in blend]
+    sources = [cut(dataset, DataMeta.load(dataset), weight, shares, split) for dataset, weight in datasets]
     _check_agreement(sources, vocab_size)
     return sources
 
 
-def _open(prefix: str, weight: float, shares: Sequence[float], split: str) -> Source:
-    dataset = IndexedDataset(prefix)
+def read_by(config: DataConfig, split: str) -> tuple[Sequence[tuple[float, str]], Sequence[float]]:
+    """The blend that a split is read from, and how that blend's data sets are shared out among the splits.
+
+    With `data.eval_blend` training reads all of `data.blend` and validation all of `data.eval_blend`; otherwise both
+    are ranges of `data.blend` by `data.split`.
+
+    Raises:
+        ValueError: there is no test split, because of `data.eval_blend`.
+    """
+    if not config.eval_blend:
+        return config.blend, config.split
+    if split == "test":
+        raise ValueError("data.eval_blend gives validation data only; leave it empty to get a test split")
+    return (config.blend, (1.0, 0.0, 0.0)) if split == "train" else (config.eval_blend, (0.0, 1.0, 0.0))
+
+
+def cut(dataset: IndexedDataset, meta: DataMeta, weight: float, shares: Sequence[float], split: str) -> Source:
+    """A data set's part in a split.
+
+    Raises:
+        ValueError: it holds no tokens, or nothing of it falls to the split.
+    """
+    prefix = dataset.prefix
     if dataset.dtype.kind == "f":
         raise ValueError(f"{prefix}.bin holds {dataset.dtype}, not token ids; prepare it from text")
     if not dataset.num_tokens:
@@ -87,7 +100,7 @@ def _open(prefix: str, weight: float, shares: Sequence[float], split: str) -> So
     if not num_tokens:
         rule = f"the {last - first} documents that data.split={list(shares)} gives {split} hold no tokens"
         raise ValueError(f"{prefix}: {rule}; raise the {split} share, or leave out empty documents")
-    return Source(dataset, DataMeta.load(dataset), first, last, num_tokens, weight)
+    return Source(dataset, meta, first, last, num_tokens, weight)
 
 
 def _check_agreement(sources: list[Source], vocab_size: int) -> None:
@@ -105,9 +118,16 @@ def _check_agreement(sources: list[Source], vocab_size: int) -> None:
 
 
 def known_eod(sources: list[Source]) -> int | None:
-    """The end-of-document token that the data sets note, if they note one and agree."""
-    noted = {source.meta.eod for source in sources}
-    return noted.pop() if len(noted) == 1 else None
+    """The end-of-document token that the data sets note; None if none of them notes one.
+
+    Raises:
+        ValueError: two of them note different tokens; names both.
+    """
+    noted = {source.meta.eod: source.dataset.prefix for source in sources if source.meta.eod is not None}
+    if len(noted) > 1:
+        names = " and ".join(f"{prefix} (token {eod})" for eod, prefix in list(noted.items())[:2])
+        raise ValueError(f"data.blend mixes end-of-document tokens: {names}; prepare all of it with one --eod-token")
+    return next(iter(noted), None)
 
 
 def mixture_weights(config: DataConfig, sources: list[Source]) -> list[float]:

@@ -48,5 +48,11 @@ def split_range(shares: Sequence[float], num_sequences: int, split: str, prefix:
     if number >= len(shares) or shares[number] == 0:
         raise ValueError(f"{what}; give {split} a share above 0")
     enough = math.ceil(sum(shares) / shares[number]) + 1  # a range longer than one sequence cannot be rounded away
-    other = "" if split == "train" else ", or give data of its own in data.eval_blend, or do not evaluate"
-    raise ValueError(f"{what}; use a corpus of {enough} documents or more, raise the {split} share{other}")
+    fixes = [
+        f"use a corpus of {enough} documents or more",
+        "prepare plain text with --documents paragraph (else a file is one document)",
+        f"raise the {split} share",
+    ]
+    if split != "train":
+        fixes += ["give data of its own in data.eval_blend", "do not evaluate"]
+    raise ValueError(f"{what}; {', '.join(fixes[:-1])}, or {fixes[-1]}")

@@ -35,7 +35,7 @@ class MicroBatch:
 
 
 class SampleStream:
-    """The samples of one split of a run.
+    """The samples of one split of a run. `eod` is the token that ends a document in them, None if that is not known.
 
     Args:
         config: the `data` section.
@@ -44,13 +44,13 @@ class SampleStream:
         num_samples: how many the run will ask for (data.index=megatron: the order depends on it; otherwise any
             ordinal may be asked for, and this only says what `build` prepares).
         split: train, valid or test.
-        eod: id of the end-of-document token; None: the one noted beside the data, if any.
+        eod: id of the end-of-document token where the data sets note none (see `known_eod`); None: not known.
         fim: ids of the fill-in-the-middle markers; needed where config.fim_rate > 0.
         vocab_size: of the model; every token is checked against it. 0: not checked.
         notify: told in words about things worth knowing.
 
     Raises:
-        ValueError: a data set is missing or damaged, the split is empty, settings contradict each other.
+        ValueError: a data set is missing or damaged, the split is empty, settings or data sets contradict each other.
     """
 
     def __init__(
@@ -69,7 +69,8 @@ class SampleStream:
         self.config, self.seq_len, self.seed, self.split, self.num_samples = config, seq_len, seed, split, num_samples
         self.vocab_size = vocab_size
         self.sources = open_sources(config, split, vocab_size)
-        self.eod = known_eod(self.sources) if eod is None else eod
+        noted = known_eod(self.sources)
+        self.eod = eod if noted is None else noted
         self.fim = self._fill_in_middle(fim)
         if config.mask_eod_loss and self.eod is None:
             raise ValueError("data.mask_eod_loss=true needs the id of the end-of-document token; set data.tokenizer")

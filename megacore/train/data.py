@@ -19,9 +19,11 @@ from megacore.train.overview import summary
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run reads. ``tokenizer`` is None for data sets that do not say how they were made."""
+    """What a run reads. ``tokenizer`` is None for data sets that do not say how they were made; ``eod`` ends a document
+    in them, None if nothing says which token does."""
 
     tokenizer: Tokenizer | None
+    eod: int | None
     plan: BatchPlan
     feed: Feed
     evaluation: Callable[[], Iterator[list[Inputs]]]
@@ -35,19 +37,20 @@ def open_data(config: RunConfig, mesh: ParallelMesh) -> RunData:
     """
     t, data = config.train, config.data
     tokenizer = open_tokenizer(data.tokenizer) if data.tokenizer else None
-    if config.log.sample_every and tokenizer is None:
-        every = config.log.sample_every
-        raise ValueError(f"log.sample_every={every} needs the tokenizer of the data; set data.tokenizer")
     plan = BatchPlan(t.global_batch_size, t.micro_batch_size, t.batch_ramp)
     plan.check(mesh.dp.size)
     stream = _stream(config, tokenizer, "train", plan.num_samples(t.steps))
     feed = Feed(stream, plan, mesh.dp, mesh.device)
     described = summary(stream.sources, plan.num_samples(t.steps), t.seq_len)
     if not t.eval_every:
-        return RunData(tokenizer, plan, feed, lambda: iter(()), described)
+        return RunData(tokenizer, stream.eod, plan, feed, lambda: iter(()), described)
     eval_stream = _stream(config, tokenizer, "valid", t.eval_steps * t.global_batch_size)
     eval_feed = Feed(eval_stream, plan, mesh.dp, mesh.device)
-    return RunData(tokenizer, plan, feed, lambda: eval_feed.evaluation(t.eval_steps, t.global_batch_size), described)
+
+    def evaluation() -> Iterator[list[Inputs]]:
+        return eval_feed.evaluation(t.eval_steps, t.global_batch_size)
+
+    return RunData(tokenizer, stream.eod, plan, feed, evaluation, described)
 
 
 def _stream(config: RunConfig, tokenizer: Tokenizer | None, split: str, num_samples: int) -> SampleStream:

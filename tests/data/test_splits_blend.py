@@ -31,6 +31,10 @@ def test_splits_cover_everything_once(shares: list[int], num: int) -> None:
 def test_empty_split_names_the_fix() -> None:
     with pytest.raises(ValueError, match="none of the 12 documents .* corpus of 35 documents or more, .*eval_blend"):
         split_range((969.0, 30.0, 1.0), 12, "valid", "corpus")
+    with pytest.raises(
+        ValueError, match="--documents paragraph .else a file is one document., or raise the train share"
+    ):
+        split_range((1.0, 99.0), 1, "train", "corpus")
     assert split_range((969.0, 30.0, 1.0), 35, "valid", "corpus") == (34, 35)
     with pytest.raises(ValueError, match="give valid a share above 0"):
         split_range((1.0,), 12, "valid", "corpus")

@@ -202,6 +202,13 @@ def test_facts_beside_the_data(make_data, tmp_path: Path) -> None:
     merged = IndexedDataset(tmp_path / "merged")
     meta = merge_metas([DataMeta.load(IndexedDataset(prefix)) for prefix in (one, other)], merged)
     assert (meta.tokenizer, meta.eod, meta.num_documents) == ("bytes", EOD, 11)
+    assert open_stream(config_of(one, other), eod=EOD + 1).eod == EOD  # what the data says goes first
+    describe(other, tokenizer="bytes", tokenizer_hash="x", vocab_size=257, eod=256)
+    with pytest.raises(ValueError, match=r"mixes end-of-document tokens: .*one .token 0. and .*other .token 256."):
+        open_stream(config_of(one, other))
+    describe(other, tokenizer="bytes", tokenizer_hash="x", vocab_size=257)
+    assert open_stream(config_of(one, other), eod=5).eod == EOD
+    assert open_stream(config_of(other), eod=5).eod == 5 and open_stream(config_of(other)).eod is None
     describe(other, tokenizer="o.model", tokenizer_hash="y")
     with pytest.raises(ValueError, match="mixes tokenizers: .*one .bytes. and .*other .o.model"):
         open_stream(config_of(one, other))

@@ -13,7 +13,7 @@ from megacore.config.schema import DataConfig
 from megacore.data.indexed import IndexedDataset
 from megacore.data.meta import DataMeta
 from megacore.data.prepare import prepare
-from megacore.data.run_tokenizer import data_metas, resolve_tokenizer
+from megacore.data.run_tokenizer import resolve_tokenizer
 from megacore.data.text.blocks import Block
 from megacore.data.tokenizers import Tokenizer, open_tokenizer
 from megacore.data.train_tokenizer import rare_characters, spread_sample, train_sentencepiece
@@ -219,6 +219,10 @@ def test_a_sample_is_spread_evenly_and_bounded():
     assert places[0] == 0 and places[-1] > 800 and max(np.diff(places)) < 200
 
 
+def metas_of(data: DataConfig) -> dict[str, DataMeta]:
+    return {prefix: DataMeta.load(IndexedDataset(prefix)) for _, prefix in data.blend}
+
+
 def test_the_tokenizer_of_a_run(folder, tmp_path):
     (tmp_path / "a.txt").write_text("some text\n")
     model = tmp_path / "mine.model"
@@ -229,7 +233,7 @@ def test_the_tokenizer_of_a_run(folder, tmp_path):
 
     def resolve(*prefixes: str, tokenizer: str = "") -> Tokenizer | None:
         data = DataConfig(blend=tuple((1.0, prefix) for prefix in prefixes), tokenizer=tokenizer)
-        return resolve_tokenizer(data, data_metas(data))
+        return resolve_tokenizer(data, metas_of(data))
 
     assert resolve(one).vocab_size == 600
     assert resolve(two, tokenizer="bytes").spec == "bytes"
@@ -253,7 +257,7 @@ def test_data_that_moved_with_its_tokenizer(folder, tmp_path):
     prepare([str(folder / "text.txt")], str(first / "t.model"), str(first / "data"))
     first.rename(second)
     data = DataConfig(blend=((1.0, str(second / "data")),))
-    assert resolve_tokenizer(data, data_metas(data)).spec == str(second / "t.model")
+    assert resolve_tokenizer(data, metas_of(data)).spec == str(second / "t.model")
 
 
 def test_foreign_data_names_no_tokenizer(folder, tmp_path):
@@ -261,4 +265,4 @@ def test_foreign_data_names_no_tokenizer(folder, tmp_path):
     (tmp_path / "data.meta.json").unlink()
     data = DataConfig(blend=((1.0, str(tmp_path / "data")),))
     assert DataMeta.load(IndexedDataset(tmp_path / "data")).tokenizer is None
-    assert resolve_tokenizer(data, data_metas(data)) is None
+    assert resolve_tokenizer(data, metas_of(data)) is None

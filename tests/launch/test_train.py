@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from megacore.mesh.rank_info import RankInfo
 
 DRY = """
 import sys
+import time
 from megacore.exits import run
 code = run("megacore.launch.train", sys.argv[1:])
 assert "torch" not in sys.modules
@@ -108,3 +110,32 @@ def test_who_lost_a_peer_leaves_the_cause_to_it(capsys: pytest.CaptureFixture[st
     assert "in fail_with" in shown
     assert "Traceback" not in shown
     assert as_rank("tests.launch.targets:leave_with", info, ([0, 75],)) == 75
+
+
+def test_a_run_without_data_is_told_with_all_else_and_at_once() -> None:
+    arguments = ["--preset", "demo", "parallel.tp=3", "train.steps=0"]
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", DRY, *arguments], capture_output=True, text=True, timeout=60)
+    seconds = time.monotonic() - started
+    assert done.returncode == 2
+    for told in ("problems:", "data.blend is empty", "parallel.tp=3 does not divide", "train.steps=0"):
+        assert told in done.stderr
+    bare = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import numpy"], check=True, timeout=60)
+    assert seconds < max(1.0, 10 * (time.monotonic() - bare))  # more only where the machine is that slow
+
+
+def test_what_the_data_lacks_is_told_before_anything_starts(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("log.sample_every=5", "log.sample_prompts=['a']", "train.eval_every=5", "data.fim_rate=0.5")
+    assert run("megacore.launch.train", words(data, tmp_path / "run", *more, "--nproc", "2")) == 2
+    told = capsys.readouterr().err
+    for words_told in (
+        "3 problems:",
+        "log.sample_every=5 needs",
+        "data.fim_rate=0.5 needs",
+        "gives valid none of the 10",
+    ):
+        assert words_told in told
+    assert not (tmp_path / "run").exists()
