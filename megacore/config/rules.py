@@ -6,6 +6,7 @@ A rule reads only the keys named beside it in ``RULES``, and is run only when al
 
 from collections.abc import Callable, Iterator
 
+from megacore.config.batch import batch_problems, multiples
 from megacore.config.resolve import resolve_model
 from megacore.config.schema import ModelConfig, RunConfig
 
@@ -109,7 +110,7 @@ def _tensor_parallel(m: ModelConfig, config: RunConfig) -> Iterator[str]:
     if config.parallel.sequence_parallel and config.train.seq_len % tp:
         yield (
             f"parallel.tp={tp} does not divide train.seq_len={config.train.seq_len}, which "
-            f"parallel.sequence_parallel splits; use train.seq_len={_multiples(tp, config.train.seq_len)}"
+            f"parallel.sequence_parallel splits; use train.seq_len={multiples(tp, config.train.seq_len)}"
         )
 
 
@@ -136,28 +137,7 @@ def _batch(config: RunConfig, world_size: int | None) -> Iterator[str]:
     """The global batch against what all ranks compute at once, at every size that a ramp passes."""
     p, t = config.parallel, config.train
     dp = p.dp or (world_size or 0) // (p.tp * p.pp * p.cp)
-    unit = t.micro_batch_size * (dp or 1)
-    at_once = f"train.micro_batch_size*dp={t.micro_batch_size}*{dp or 1}={unit}"
-    if t.global_batch_size % unit:
-        yield (
-            f"train.global_batch_size={t.global_batch_size} is not a multiple of {at_once}; "
-            f"use {_multiples(unit, t.global_batch_size)}"
-        )
-    if not t.batch_ramp:
-        return
-    ramp = f"train.batch_ramp={list(t.batch_ramp)}"
-    if len(t.batch_ramp) != 3 or min(t.batch_ramp) < 1:
-        yield f"{ramp} must be three positive numbers [start, increment, samples], such as [32, 32, 10000]"
-        return
-    start, increment, _ = t.batch_ramp
-    for name, size in (("a start", start), ("an increment", increment)):
-        if size % unit:
-            yield f"{ramp} has {name} of {size}, not a multiple of {at_once}; use {_multiples(unit, size)}"
-    if start > t.global_batch_size or (t.global_batch_size - start) % increment:
-        yield (
-            f"{ramp} does not lead to train.global_batch_size={t.global_batch_size} in whole increments; "
-            f"the size must be {start} + n*{increment}"
-        )
+    yield from batch_problems(t.global_batch_size, t.micro_batch_size, t.batch_ramp, dp or 1)
 
 
 def _optim(config: RunConfig, world_size: int | None) -> Iterator[str]:
@@ -179,10 +159,11 @@ def _optim(config: RunConfig, world_size: int | None) -> Iterator[str]:
 
 def _data(config: RunConfig, world_size: int | None) -> Iterator[str]:
     d = config.data
-    if len(d.split) != 3 or min(d.split) < 0 or d.split[0] <= 0:
+    legal = 1 <= len(d.split) <= 3 and min(d.split) >= 0 and d.split[0] > 0
+    if not legal:
         yield (
-            f"data.split={list(d.split)} must be three shares, of train, validation and test documents, of which the "
-            "first is more than 0, such as [969, 30, 1]"
+            f"data.split={list(d.split)} must be one to three shares, of train, validation and test documents, of "
+            "which the first is more than 0, such as [969, 30, 1]"
         )
     for key, blend in (("data.blend", d.blend), ("data.eval_blend", d.eval_blend)):
         if blend and (min(weight for weight, _ in blend) < 0 or not any(weight for weight, _ in blend)):
@@ -190,7 +171,7 @@ def _data(config: RunConfig, world_size: int | None) -> Iterator[str]:
             yield f"{key} has the weights {weights}; they must be at least 0, and one of them more"
         if not all(prefix for _, prefix in blend):
             yield f"{key} has an empty prefix; give the path that PREFIX.bin and PREFIX.idx have in common"
-    if config.train.eval_every and not d.eval_blend and len(d.split) == 3 and not d.split[1]:
+    if config.train.eval_every and not d.eval_blend and legal and not any(d.split[1:2]):
         yield (
             f"train.eval_every={config.train.eval_every} needs validation data, but data.split={list(d.split)} leaves "
             "none; give data.eval_blend or a second share above 0"
@@ -223,11 +204,6 @@ def _nearest(legal: list[int], near: int) -> str:
     below = [n for n in legal if n < near][-1:]
     above = [n for n in legal if n > near][:1]
     return " or ".join(map(str, below + above))
-
-
-def _multiples(unit: int, near: int) -> str:
-    below = near // unit * unit
-    return f"{below} or {below + unit}" if below else str(unit)
 
 
 # Each rule with the keys that it reads: a section's name stands for all of its keys.

@@ -9,6 +9,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megacore.config.batch import batch_problems
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -37,12 +39,14 @@ class BatchPlan:
             `global_batch_size`, in equal shares of `samples` samples (Megatron's rampup-batch-size); empty: no ramp.
 
     Raises:
-        ValueError: the sizes do not divide as they must.
+        ValueError: the sizes do not divide as they must (see `batch_problems`).
     """
 
     def __init__(self, global_batch_size: int, micro_batch_size: int, batch_ramp: Sequence[int] = ()) -> None:
+        assert min(global_batch_size, micro_batch_size) >= 1, (global_batch_size, micro_batch_size)
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        _check_sizes(global_batch_size, micro_batch_size, batch_ramp)
+        self.batch_ramp = tuple(batch_ramp)
+        self.check(dp_size=1)
         self.stages = _stages(global_batch_size, batch_ramp)
         self._first_steps = [stage.first_step for stage in self.stages]
         self._first_ordinals = [stage.first_ordinal for stage in self.stages]
@@ -64,29 +68,19 @@ class BatchPlan:
         return self.batch(steps + 1).first_ordinal
 
     def num_microbatches(self, step: int, dp_size: int) -> int:
-        """Microbatches of a step on each dp rank.
-
-        Raises:
-            ValueError: they cannot be dealt out equally.
-        """
-        size = self.batch(step).size
-        share = self.micro_batch_size * dp_size
-        if size % share:
-            name = "train.batch_ramp" if size != self.global_batch_size else "train.global_batch_size"
-            rule = f"is not a multiple of train.micro_batch_size={self.micro_batch_size} x dp={dp_size}"
-            below, above = size // share * share, (size // share + 1) * share
-            fix = f"{below} or {above}" if below else str(above)
-            raise ValueError(f"{name}: the batch of {size} samples at step {step} {rule}; try {fix}")
+        """Microbatches of a step on each dp rank; `dp_size` is one that `check` takes."""
+        size, share = self.batch(step).size, self.micro_batch_size * dp_size
+        assert size % share == 0, f"a batch of {size} cannot be dealt out in {share}s: check(dp_size={dp_size}) says so"
         return size // share
 
     def check(self, dp_size: int) -> None:
         """Refuse a dp size that some batch of the run cannot be dealt out to.
 
         Raises:
-            ValueError: as `num_microbatches`.
+            ValueError: as the constructor.
         """
-        for stage in self.stages:
-            self.num_microbatches(stage.first_step, dp_size)
+        for problem in batch_problems(self.global_batch_size, self.micro_batch_size, self.batch_ramp, dp_size):
+            raise ValueError(problem)
 
     def microbatches(self, step: int, dp_rank: int, dp_size: int) -> list[tuple[int, int]]:
         """(first ordinal, samples) of each microbatch of a step on one dp rank, in ascending order."""
@@ -95,31 +89,9 @@ class BatchPlan:
         return [(first + (i * dp_size + dp_rank) * size, size) for i in range(num)]
 
 
-def _check_sizes(full: int, micro: int, ramp: Sequence[int]) -> None:
-    if full < 1 or micro < 1:
-        raise ValueError(f"train.global_batch_size={full} and train.micro_batch_size={micro} must be positive")
-    if full % micro:
-        rule = f"is not a multiple of train.micro_batch_size={micro}"
-        raise ValueError(f"train.global_batch_size={full} {rule}; try {(full // micro + 1) * micro}")
-    if not ramp:
-        return
-    what = f"train.batch_ramp={list(ramp)}"
-    if len(ramp) != 3:
-        raise ValueError(f"{what} needs three numbers: [start, increment, samples]")
-    start, increment, samples = ramp
-    if start < 1 or increment < 1 or samples < 0 or start > full:
-        rule = f"needs 1 <= start <= train.global_batch_size={full}, increment >= 1 and samples >= 0"
-        raise ValueError(f"{what} {rule}")
-    if (full - start) % increment:
-        rule = f"increment {increment} does not divide global_batch_size - start = {full - start}"
-        raise ValueError(f"{what}: {rule}; choose an increment that does")
-    if start % micro or increment % micro:
-        raise ValueError(f"{what}: start and increment must be multiples of train.micro_batch_size={micro}")
-
-
 def _stages(full: int, ramp: Sequence[int]) -> list[RampStage]:
     """Megatron's rule: after `consumed` samples the batch has grown consumed / (samples / increments) times."""
-    if not ramp or ramp[0] == full or ramp[2] == 0:
+    if not ramp or ramp[0] == full:
         return [RampStage(1, 0, full)]
     start, increment, samples = ramp
     num = (full - start) // increment

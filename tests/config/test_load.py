@@ -144,10 +144,10 @@ def test_files_are_read_strictly(run_file):
 
 
 def test_all_problems_are_told_at_once(run_file):
-    path = run_file('[model]\nnum_layers = "many"\nnorms = 1\n[train]\nsteps = 0\n[data]\nsplit = [1, 2]\n')
+    path = run_file('[model]\nnum_layers = "many"\nnorms = 1\n[train]\nsteps = 0\n[data]\nsplit = [0, 2]\n')
     lines = problems("model.hidden_size=30", "model.num_heads=4", "parallel.tp=x", path=path)
     told = "\n".join(lines)
-    for words in ("model.num_layers=many", "model.norms", "train.steps=0", "data.split=[1.0, 2.0]", "parallel.tp=x"):
+    for words in ("model.num_layers=many", "model.norms", "train.steps=0", "data.split=[0.0, 2.0]", "parallel.tp=x"):
         assert words in told
     # num_layers and tp could not be read, so nothing more is said about them
     assert len(lines) == 5

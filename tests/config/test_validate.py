@@ -71,11 +71,13 @@ BROKEN = [
     ),
     (["optim.min_lr=1"], 1, "optim.min_lr=1.0 exceeds optim.lr=0.0003"),
     (["optim.momentum=0.9"], 1, "is sgd's"),
-    (["data.split=0,1,1"], 1, "must be three shares"),
+    (["data.split=0,1,1"], 1, "must be one to three shares"),
+    (["data.split=1,1,1,1"], 1, "must be one to three shares"),
     (["data.blend=[[-1, 'a']]"], 1, "data.blend has the weights [-1.0]"),
     (["data.blend=[[0, 'a'], [0, 'b']]"], 1, "one of them more"),
     (["data.blend=[[1, '']]"], 1, "data.blend has an empty prefix"),
     (["data.split=1,0,0", "train.eval_every=5"], 1, "needs validation data"),
+    (["data.split=1", "train.eval_every=5"], 1, "needs validation data"),
     (["data.fim_rate=0.5", "data.fim_tokens=a"], 1, "must name the prefix, middle and suffix tokens"),
 ]
 
@@ -112,7 +114,7 @@ def test_missing_shape_is_told():
 
 
 def test_rules_of_all_sections_are_told_at_once():
-    overrides = ["parallel.tp=3", "optim.lr=-1", "data.split=1,2", "train.batch_ramp=1", "precision.dtype=bf16"]
+    overrides = ["parallel.tp=3", "optim.lr=-1", "data.split=0,2", "train.batch_ramp=1", "precision.dtype=bf16"]
     with pytest.raises(ConfigError) as raised:
         check(load(None, overrides, "llama3-8b"), 3)
     told = str(raised.value)
@@ -128,6 +130,8 @@ LEGAL = [
     (["model.vocab_size=3", "parallel.tp=4"], 4),  # a rank without rows
     (["model.hidden_size=100", "model.head_dim=32"], 1),  # heads * head_dim need not be hidden_size
     (["train.global_batch_size=8", "train.batch_ramp=2,2,10"], 2),
+    (["data.split=0.9,0.1", "train.eval_every=5"], 1),
+    (["data.split=1"], 1),
     (["optim.lr=0", "optim.min_lr=0"], 1),
     (["optim.warmup_steps=100"], 1),
     (["optim.warmup_steps=200"], 1),  # cut short inside its warm-up

@@ -53,11 +53,11 @@ def test_no_sample_is_lost_or_repeated(dp_size: int, ramp: tuple[int, ...]) -> N
 
 BAD = [
     ((7, 2, ()), "global_batch_size=7 is not a multiple"),
-    ((0, 1, ()), "must be positive"),
-    ((8, 2, (2, 2)), "three numbers"),
-    ((8, 2, (16, 2, 5)), "start <="),
-    ((8, 2, (2, 4, 5)), "does not divide"),
-    ((9, 3, (3, 2, 5)), "multiples of"),
+    ((8, 2, (2, 2)), "three positive numbers"),
+    ((8, 2, (2, 2, 0)), "three positive numbers"),
+    ((8, 2, (16, 2, 5)), "does not lead to"),
+    ((8, 2, (2, 4, 5)), "does not lead to"),
+    ((9, 3, (3, 2, 5)), "an increment of 2, not a multiple of"),
 ]
 
 
@@ -68,9 +68,11 @@ def test_refused(arguments: tuple[int, int, tuple[int, ...]], message: str) -> N
 
 
 def test_dp_that_does_not_divide() -> None:
-    with pytest.raises(ValueError, match="step 1 is not a multiple .* dp=3; try 6 or 12"):
+    with pytest.raises(ValueError, match="global_batch_size=8 is not a multiple of .*dp=2.3=6; use 6 or 12"):
         BatchPlan(8, 2).check(3)
-    with pytest.raises(ValueError, match="train.batch_ramp: the batch of 4 samples"):
+    with pytest.raises(ValueError, match="batch_ramp=.* has a start of 4, not a multiple of .*dp=2.4=8"):
         BatchPlan(8, 2, (4, 4, 10)).check(4)
+    with pytest.raises(AssertionError, match="cannot be dealt out"):
+        BatchPlan(8, 2).num_microbatches(1, 3)
     with pytest.raises(ValueError, match="from 1"):
         BatchPlan(8, 2).batch(0)
