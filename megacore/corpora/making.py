@@ -1,6 +1,5 @@
 """The subcommands that make something: a tokenizer, a data set from text, one data set of several."""
 
-import os
 import time
 from collections.abc import Sequence
 
@@ -12,6 +11,7 @@ from megacore.data.prepare import prepare
 from megacore.data.text.options import ReadOptions
 from megacore.data.train_tokenizer import train_sentencepiece
 from megacore.monitor.console import Console, human_time
+from megacore.processes import one_thread_for_libraries, usable_cores
 
 
 def make_tokenizer(
@@ -69,12 +69,13 @@ def make_dataset(
     console: Console,
 ) -> Report:
     """Tokenise files (see `prepare`); with 0 workers, one per core."""
+    one_thread_for_libraries()  # one worker works in this very process
     done = prepare(
         inputs,
         tokenizer,
         output,
         reading,
-        workers=workers or len(os.sched_getaffinity(0)),
+        workers=workers or usable_cores(),
         append_eod=append_eod,
         eod_token=eod_token,
         overwrite=overwrite,

@@ -156,6 +156,17 @@ def test_progress_is_shown_now_and_then(live):
         assert stream.getvalue().count("\n") == 2 and "\r" not in stream.getvalue()
 
 
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb"), ("TERM", "xterm")])
+def test_a_terminal_that_wants_no_escape_codes_gets_none(command, prepared, monkeypatch, name, value):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    words = ("--input", "text.txt", "--tokenizer", "bytes", "--output", "again", "--workers", "1")
+    code, _, err = command("prepare", *words)
+    assert code == 0 and ("\r" in err) == (value == "xterm") and ("\x1b" not in err or value == "xterm")
+
+
 @pytest.mark.parametrize("start", [["-m", "megacore", "data"], ["-m", "megacore.tools.data"], ["tools/data.py"]])
 def test_all_faces_are_the_same(start, tmp_path):
     root = Path(__file__).parents[2]
