@@ -14,9 +14,7 @@ from megacore.config.resolve import resolve, smallest_world
 from megacore.config.schema import RunConfig
 from megacore.config.validate import check
 from megacore.config.write import to_toml
-from megacore.data.run_data import fill_in
 from megacore.data.sampler import BatchPlan
-from megacore.data.source import open_sources
 from megacore.exits import raised_by_us
 from megacore.launch.failures import Failure, describe
 from megacore.launch.processes import run_local
@@ -68,6 +66,8 @@ def requested(args: argparse.Namespace, info: RankInfo | None) -> tuple[RunConfi
 
 def preview(config: RunConfig, world_size: int) -> str:
     """What `--dry-run` prints: the overview as comments, then the resolved run, which together are a run file."""
+    from megacore.data.source import open_sources
+
     t = config.train
     sources = open_sources(config.data, "train", config.model.vocab_size)
     num_samples = BatchPlan(t.global_batch_size, t.micro_batch_size, t.batch_ramp).num_samples(t.steps)
@@ -106,6 +106,8 @@ def complete(config: RunConfig, world_size: int) -> RunConfig:
 
     Raises ValueError with everything that is wrong, before any process has started.
     """
+    from megacore.data.run_data import fill_in  # brings numpy, which --help can do without
+
     blend = "data.blend is empty: there is nothing to train on; give a data set's prefix, or a list of [weight, prefix]"
     check(config, world_size, () if config.data.blend else (blend,))
     config = fill_in(config)

@@ -1,14 +1,19 @@
 """What is about to run, in a few lines. Imports no torch: `megacore train --dry-run` says it too."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megacore.config.schema import RunConfig
 from megacore.data.sampler import BatchPlan
-from megacore.data.source import Source
 from megacore.layout.layout import Layout
 from megacore.monitor.console import human_count
 from megacore.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from megacore.data.source import Source
 
 
 def overview(config: RunConfig, spec: ModelSpec, layout: Layout, device: str, data: str) -> list[str]:
