@@ -82,6 +82,12 @@ def human_count(number: float) -> str:
     return f"{number:.3g}T"
 
 
+def human_bytes(number: float) -> str:
+    """Bytes with three digits and a unit of powers of 1000: 950 B, 11.2 kB, 3.40 GB."""
+    text = human_count(number)
+    return f"{text[:-1]} {text[-1]}B" if text[-1].isalpha() else f"{text} B"
+
+
 class Console:
     """Writes lines to `stream` and to `log_path` alike.
 

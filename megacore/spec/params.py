@@ -38,6 +38,10 @@ class ParamSpec:
         dim, size = self.split.dim, self.split.local_size(index, num)
         return (*self.shape[:dim], size, *self.shape[dim + 1 :])
 
+    def local_numel(self, index: int, num: int) -> int:
+        """Elements at member ``index`` of ``num``."""
+        return math.prod(self.local_shape(index, num))
+
     def pieces(self, index: int, num: int) -> tuple[Piece, ...]:
         """What member ``index`` of ``num`` holds of the split dim (dim 0 where nothing is split).
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from megacore.config.schema import RunConfig
 from megacore.data.sampler import BatchPlan
 from megacore.layout.layout import Layout
-from megacore.monitor.console import human_count
+from megacore.monitor.console import human_bytes, human_count
 from megacore.spec import ModelSpec
+from megacore.spec.memory import state_bytes
 
 if TYPE_CHECKING:
     from megacore.data.source import Source
@@ -20,6 +21,7 @@ def overview(config: RunConfig, spec: ModelSpec, layout: Layout, device: str, da
     """Model, layout, batch and data of a resolved run; ``data`` is `summary`'s, ``device`` cpu, cuda or auto."""
     m, t = config.model, config.train
     ranks = "1 process" if layout.world == 1 else f"{layout.world} processes"
+    state = state_bytes(spec, config.optim, config.precision.dtype, tp=layout.tp)
     sequence = ", sequence parallel" if config.parallel.sequence_parallel and layout.tp > 1 else ""
     return [
         f"model    {m.family}, {human_count(spec.num_params)} parameters: {m.num_layers} layers, "
@@ -28,6 +30,8 @@ def overview(config: RunConfig, spec: ModelSpec, layout: Layout, device: str, da
         f"batch    {t.global_batch_size} x {t.seq_len} tokens{ramp(config)}, microbatches of {t.micro_batch_size}; "
         f"{t.steps} steps",
         f"data     {data}",
+        f"state    {human_bytes(state.total)} per rank: parameters {human_bytes(state.params)}, gradients "
+        f"{human_bytes(state.grads)}, optimizer {human_bytes(state.optimizer)}",
     ]
 
 

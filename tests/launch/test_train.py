@@ -58,7 +58,7 @@ def test_a_dry_run_needs_no_torch_and_prints_a_run_file(data: str, tmp_path: Pat
     done = subprocess.run([sys.executable, "-c", DRY, *arguments], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     head = done.stdout.partition("\n\n")[0].splitlines()
-    assert [line.split()[1] for line in head] == ["model", "layout", "batch", "data"]
+    assert [line.split()[1] for line in head] == ["model", "layout", "batch", "data", "state"]
     # 2 * 4096 * 128 embeddings; 4 * (4 * 128^2 + 3 * 128 * 384) + 9 * 128 the rest
     assert "1.90M parameters" in head[0]
     assert "2 processes" in head[1]
