@@ -21,6 +21,16 @@ def run(module: str, argv: list[str]) -> int:
         # The reader of a pipe (`megacore presets | head`) has gone; Python's own flush at exit must not complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except ModuleNotFoundError as error:
+        if error.name not in ("megacore.tools", "megacore.launch"):
+            traceback.print_exc()
+            return 1
+        # tools/ and launch/ bear these names only where the package is installed, also as editable
+        sys.stderr.write(
+            f"megacore: this Python ({sys.executable}) finds the checkout, but megacore is not installed in it; "
+            "run `bash launch/setup.sh` and use .venv/bin/megacore, or `pip install -e .` here\n"
+        )
+        return 2
     except ValueError as error:
         if not raised_by_us(error.__traceback__):
             traceback.print_exc()

@@ -51,3 +51,14 @@ def test_faults_show_a_traceback(command, capsys):
 def test_the_keyboard_stops_quietly(command, capsys):
     assert run(command(lambda: raises("megacore.train")(KeyboardInterrupt())), []) == 130
     assert capsys.readouterr().err == ""
+
+
+def test_a_checkout_that_is_not_installed_says_so(monkeypatch, capsys):
+    def import_module(name):
+        raise ModuleNotFoundError("No module named 'megacore.tools'", name="megacore.tools")
+
+    monkeypatch.setattr("megacore.exits.import_module", import_module)
+    assert run("megacore.tools.presets", []) == 2
+    message = capsys.readouterr().err
+    assert "not installed" in message
+    assert "bash launch/setup.sh" in message
