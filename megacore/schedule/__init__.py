@@ -1,5 +1,7 @@
-"""Pipeline schedules as data: lists of instructions, generated, written, read and checked before anything runs."""
+"""Pipeline schedules as data: lists of instructions, generated, lowered, written, read and checked before anything
+runs."""
 
-from megacore.schedule.instruction import Instruction, Op, Schedule
+from megacore.schedule.instruction import Instruction, Op
+from megacore.schedule.schedule import Instructions, Schedule
 
-__all__ = ["Instruction", "Op", "Schedule"]
+__all__ = ["Instruction", "Instructions", "Op", "Schedule"]
