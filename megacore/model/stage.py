@@ -47,7 +47,7 @@ class Embedding(nn.Module):
     ) -> None:
         super().__init__()
         self.tokens = VocabParallelEmbedding(make.below("tokens"), vocab.piece, tp)
-        self.positions = PositionEmbedding(make.below("positions")) if model.position == "learned" else None
+        self.positions = PositionEmbedding(make.below("positions"), tp) if model.position == "learned" else None
         self.dropout, self.key = model.dropout, counter.key_of("dropout", seed, "embedding")
         self.tp = tp
 
@@ -66,6 +66,8 @@ class Stage(nn.Module):
     """Layers ``layers`` of the model, with the embedding if ``first`` and the head if ``last``.
 
     Parameters keep their global names. Input and output are x [t, h] (a run of the tokens under sequence parallelism).
+    A tied output matrix is the embedding's; where the last stage is not the first, it is that of ``tied_to`` (the first
+    stage, on the same rank) or a copy of its own.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Stage(nn.Module):
         layers: range,
         first: bool = True,
         last: bool = True,
+        tied_to: "Stage | None" = None,
     ) -> None:
         super().__init__()
         self.model, self.tp, self.objective, self.first, self.last = model, tp, objective, first, last
@@ -92,11 +95,24 @@ class Stage(nn.Module):
         if last:
             self.final_norm = make_norm(model, make.below("final_norm"), kernels)
             self.head = None if model.tie_embeddings else ColumnParallelLinear(make.below("head"), tp)
+            if model.tie_embeddings and not first:
+                below = make.below("embedding").below("tokens")
+                table = tied_to.embedding.tokens if tied_to is not None else VocabParallelEmbedding(below, self.vocab.piece, tp)
+                self.embedding = nn.ModuleDict({"tokens": table})
 
-    def forward(self, inputs: Inputs, x_th: Tensor | None = None) -> Tensor | Loss:
-        """x [t, h] for the next stage, or the loss on the last one. ``x_th``: the one before's (None: first)."""
+    def forward(self, inputs: Inputs, x_th: Tensor | None = None, logits: bool = False) -> Tensor | Loss:
+        """x [t, h] for the next stage; on the last one the loss or, if asked for, this rank's ``logits`` [t, v].
+
+        ``x_th``: what the stage before gave (None: first).
+        """
         x_th = self.hidden(inputs, x_th)
-        return self.loss(inputs, x_th) if self.last else x_th
+        if not self.last:
+            return x_th
+        return self.logits(x_th) if logits else self.loss(inputs, x_th)
+
+    def boundary_shape(self, inputs: Inputs) -> tuple[int, int]:
+        """The shape of x [t, h] between stages, known to both of its ends."""
+        return self.tp.shard_of_tokens(inputs.token_bs.numel())[1], self.model.hidden_size
 
     def hidden(self, inputs: Inputs, x_th: Tensor | None = None) -> Tensor:
         """The residual stream behind the stage's last block."""

@@ -25,7 +25,7 @@ from megacore.data.documents import IGNORE
 from megacore.layout.partition import Piece
 from megacore.mesh.collectives import all_gather, all_gather_start, all_reduce, all_reduce_start, reduce_scatter_start
 from megacore.parallel.tensor import TensorParallel
-from megacore.parallel.wgrad import accumulate_linear
+from megacore.parallel.wgrad import WeightGradients
 
 CHUNK = 1 << 20
 """Logits that go through a chunk at once."""
@@ -115,7 +115,8 @@ class _LinearCrossEntropy(Function):
         summing = start(grad_th, tp.group)
         if gathering is not None:
             x_th = gathering.wait()
-        grad_weight = accumulate_linear(tp.linear, weight_vh, x_th, exp_tv)
+        # never put off: logits are by far the largest tensor, and their memory is wanted for the next microbatch
+        grad_weight = WeightGradients().linear(tp.linear, weight_vh, x_th, exp_tv)
         ctx.vocab.spare.append(exp_tv)
         ctx.exp_tv = None
         return summing.wait(), grad_weight, None, None, None, None, None

@@ -14,17 +14,19 @@ from megacore.layout.partition import Piece
 from megacore.mesh.autograd import reduce_from, reduce_scatter_to
 from megacore.parallel.parameters import ParameterMaker
 from megacore.parallel.tensor import TensorParallel
-from megacore.parallel.wgrad import accumulate_rows
+from megacore.parallel.wgrad import WeightGradients
 
 
 class _Lookup(Function):
     """Rows of the local table; its gradient is added row by row, never made as a whole table."""
 
     @staticmethod
-    def forward(ctx: Any, token_t: Tensor, weight_vh: Tensor, first_row: int, whole: bool) -> Tensor:
+    def forward(
+        ctx: Any, token_t: Tensor, weight_vh: Tensor, first_row: int, whole: bool, wgrad: WeightGradients
+    ) -> Tensor:
         local_t = token_t - first_row
         inside_t = (local_t >= 0) & (local_t < weight_vh.shape[0])
-        ctx.weight, ctx.whole = weight_vh, whole
+        ctx.weight, ctx.whole, ctx.wgrad = weight_vh, whole, wgrad
         if whole:
             ctx.save_for_backward(local_t)
             return weight_vh[local_t]
@@ -35,13 +37,13 @@ class _Lookup(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_th: Tensor) -> tuple[None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_th: Tensor) -> tuple[None, Tensor | None, None, None, None]:
         if ctx.whole:
             (row_t,) = ctx.saved_tensors
         else:
             row_t, inside_t = ctx.saved_tensors
             grad_th = grad_th[inside_t]
-        return None, accumulate_rows(ctx.weight, row_t, grad_th), None, None
+        return None, ctx.wgrad.rows(ctx.weight, row_t, grad_th), None, None, None
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -54,19 +56,20 @@ class VocabParallelEmbedding(nn.Module):
         self.tp = tp
 
     def forward(self, token_t: Tensor) -> Tensor:
-        part_th = _Lookup.apply(token_t, self.weight, self.first_row, self.tp.group.size == 1)
+        part_th = _Lookup.apply(token_t, self.weight, self.first_row, self.tp.group.size == 1, self.tp.wgrad)
         return (reduce_scatter_to if self.tp.sequence else reduce_from)(part_th, self.tp.group)
 
 
 class PositionEmbedding(nn.Module):
     """Learned rows per position, whole on every rank; x [t, h] of positions [t]."""
 
-    def __init__(self, make: ParameterMaker) -> None:
+    def __init__(self, make: ParameterMaker, tp: TensorParallel) -> None:
         super().__init__()
         self.weight = make("weight")
+        self.wgrad = tp.wgrad
 
     def forward(self, position_t: Tensor) -> Tensor:
-        return _Lookup.apply(position_t, self.weight, 0, True)
+        return _Lookup.apply(position_t, self.weight, 0, True, self.wgrad)
 
 
 def vocab_piece(vocab_pieces: tuple[Piece, ...]) -> Piece | None:

@@ -26,7 +26,6 @@ from megacore.mesh.collectives import (
 )
 from megacore.parallel.parameters import ParameterMaker
 from megacore.parallel.tensor import TensorParallel
-from megacore.parallel.wgrad import accumulate_bias, accumulate_linear
 
 
 class _ColumnParallel(Function):
@@ -48,8 +47,8 @@ class _ColumnParallel(Function):
         summing = start(grad_ti, tp.group)
         if gathering is not None:
             x_ti = gathering.wait()
-        grad_weight = accumulate_linear(tp.linear, ctx.weight, x_ti, grad_to)
-        grad_bias = None if ctx.bias is None else accumulate_bias(ctx.bias, grad_to)
+        grad_weight = tp.wgrad.linear(tp.linear, ctx.weight, x_ti, grad_to)
+        grad_bias = None if ctx.bias is None else tp.wgrad.bias(ctx.bias, grad_to)
         return summing.wait(), grad_weight, grad_bias, None
 
 
@@ -67,8 +66,8 @@ class _RowParallel(Function):
         (x_ti,), tp = ctx.saved_tensors, ctx.tp
         whole_to = all_gather(grad_to, tp.group) if tp.sequence else grad_to
         grad_ti = tp.linear.dgrad(whole_to, ctx.weight)
-        grad_weight = accumulate_linear(tp.linear, ctx.weight, x_ti, whole_to)
-        grad_bias = None if ctx.bias is None else accumulate_bias(ctx.bias, grad_to)
+        grad_weight = tp.wgrad.linear(tp.linear, ctx.weight, x_ti, whole_to)
+        grad_bias = None if ctx.bias is None else tp.wgrad.bias(ctx.bias, grad_to)
         return grad_ti, grad_weight, grad_bias, None
 
 

@@ -1,9 +1,10 @@
 """What a tensor-parallel layer needs to know of its surroundings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megacore.kernels.linear import REFERENCE, LinearKernel
 from megacore.mesh.group import Group
+from megacore.parallel.wgrad import WeightGradients
 
 
 @dataclass(frozen=True)
@@ -12,13 +13,14 @@ class TensorParallel:
 
     With ``sequence`` each rank holds a run of the microbatch's tokens there, not all of them; with ``regather`` a
     column-parallel layer keeps only its shard of the input for backward and gathers it once more. ``linear`` is the
-    matrix product that the layers use.
+    matrix product that the layers use, ``wgrad`` takes their weights' gradients.
     """
 
     group: Group
     sequence: bool = False
     regather: bool = False
     linear: LinearKernel = REFERENCE
+    wgrad: WeightGradients = field(default_factory=WeightGradients, repr=False)
 
     @classmethod
     def single(cls) -> "TensorParallel":

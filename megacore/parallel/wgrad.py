@@ -1,32 +1,63 @@
-"""Where weight gradients go: the one place that adds to a parameter's gradient buffer by hand."""
+"""Where weight gradients go: the one place that adds to a parameter's gradient buffer by hand.
+
+A backward can be split (Qi et al. 2023, section 2): gradients of inputs first, since other ranks wait for them, those of
+weights when there is time. Everything that only adds to a weight's gradient can wait; it is kept with what it needs.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 from torch import Tensor
 
 from megacore.kernels.linear import LinearKernel
 
+Work = Callable[[], object]
 
-def accumulate_linear(kernel: LinearKernel, weight: Tensor, x_ti: Tensor, grad_to: Tensor) -> Tensor | None:
-    """Weight gradient of y = x w^T. x [t, in], grad [t, out] -> w's [out, in].
+
+class WeightGradients:
+    """Adds weight gradients at once or, inside ``put_off``, keeps the work for later.
 
     Where ``weight.grad`` is there already (a view of the flat gradient buffer), the product is added to it by the GEMM
     itself and None is returned, so nothing of the weight's size is allocated; otherwise the gradient is returned.
     """
-    if weight.grad is None:
-        return grad_to.t() @ x_ti
-    kernel.wgrad(weight.grad, x_ti, grad_to)
-    return None
+
+    def __init__(self) -> None:
+        self._kept: list[Work] | None = None
+
+    @contextmanager
+    def put_off(self) -> Iterator[list[Work]]:
+        """Within, nothing is added; the list that is given holds what is to be called later, in order."""
+        self._kept = kept = []
+        try:
+            yield kept
+        finally:
+            self._kept = None
+
+    def linear(self, kernel: LinearKernel, weight: Tensor, x_ti: Tensor, grad_to: Tensor) -> Tensor | None:
+        """Weight gradient of y = x w^T. x [t, in], grad [t, out] -> w's [out, in]."""
+        if weight.grad is None:
+            return grad_to.t() @ x_ti
+        return self._add(partial(kernel.wgrad, weight.grad, x_ti, grad_to))
+
+    def bias(self, bias: Tensor, grad_to: Tensor) -> Tensor | None:
+        """Bias gradient: the sum over tokens. grad [t, out]."""
+        if bias.grad is None:
+            return grad_to.sum(0)
+        return self._add(partial(_add_sum, bias.grad, grad_to))
+
+    def rows(self, weight: Tensor, index_t: Tensor, grad_th: Tensor) -> Tensor | None:
+        """Gradient of a look-up: add row t of grad [t, h] to row ``index_t[t]``."""
+        if weight.grad is None:
+            return weight.new_zeros(weight.shape).index_add_(0, index_t, grad_th)
+        return self._add(partial(weight.grad.index_add_, 0, index_t, grad_th))
+
+    def _add(self, work: Work) -> None:
+        if self._kept is None:
+            work()
+        else:
+            self._kept.append(work)
 
 
-def accumulate_bias(bias: Tensor, grad_to: Tensor) -> Tensor | None:
-    """Bias gradient: the sum over tokens. grad [t, out]; as ``accumulate_linear``."""
-    if bias.grad is None:
-        return grad_to.sum(0)
-    bias.grad += grad_to.sum(0)
-    return None
-
-
-def accumulate_rows(weight: Tensor, index_t: Tensor, grad_th: Tensor) -> Tensor | None:
-    """Gradient of a look-up: add row t of grad [t, h] to row ``index_t[t]``; as ``accumulate_linear``."""
-    target = weight.new_zeros(weight.shape) if weight.grad is None else weight.grad
-    target.index_add_(0, index_t, grad_th)
-    return target if weight.grad is None else None
+def _add_sum(into: Tensor, grad_to: Tensor) -> None:
+    into += grad_to.sum(0)

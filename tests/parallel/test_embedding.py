@@ -44,7 +44,7 @@ def test_a_split_table_is_the_whole_table(pool: WorkerPool, world: int, vocab_si
 @pytest.mark.parametrize("preset", [False, True])
 def test_positions(preset: bool) -> None:
     spec = ParamSpec("weight", (9, HIDDEN), std=1.0)
-    table = PositionEmbedding(maker(TensorParallel.single(), spec))
+    table = PositionEmbedding(maker(TensorParallel.single(), spec), TensorParallel.single())
     want_grad = numbers(5, 9, HIDDEN) if preset else torch.zeros(9, HIDDEN, dtype=torch.float64)
     if preset:
         table.weight.grad = want_grad.clone()
