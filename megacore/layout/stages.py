@@ -1,25 +1,41 @@
 """Which layers each pipeline stage holds."""
 
 from collections.abc import Sequence
+from heapq import heapify, heapreplace
 
-from megacore.layout.partition import balanced
+from megacore.config.cut import cut_problem
 
 
-def stages_of_layers(num_layers: int, num_stages: int, stage_layers: Sequence[int] = ()) -> tuple[range, ...]:
-    """The layers of every stage, in order; ``stage_layers`` gives counts, else they are dealt out evenly.
+def stages_of_layers(
+    num_layers: int, num_stages: int, stage_layers: Sequence[int] = (), embedding: float = 0.0, head: float = 0.0
+) -> tuple[range, ...]:
+    """The layers of every stage, in order; ``stage_layers`` gives counts, else they are balanced by cost.
 
-    Raises ValueError if the counts do not fit.
+    Stage 0 also holds the embedding and the last stage the head; a layer costs 1, these two what they are said to. The
+    balanced split has the smallest largest stage, of those the most even one (least sum of squares), of those the one
+    whose first stages hold more.
+
+    Raises ValueError if the layers cannot be cut so.
     """
-    if not stage_layers:
-        shares = (balanced(num_layers, num_stages, stage) for stage in range(num_stages))
-        return tuple(range(start, start + size) for start, size in shares)
-    if len(stage_layers) != num_stages or sum(stage_layers) != num_layers:
-        raise ValueError(
-            f"parallel.stage_layers={list(stage_layers)} has {len(stage_layers)} stages and "
-            f"{sum(stage_layers)} layers; give {num_stages} counts that sum to {num_layers}"
-        )
+    if problem := cut_problem(num_layers, num_stages, stage_layers):
+        raise ValueError(problem)
     ranges, start = [], 0
-    for count in stage_layers:
+    for count in stage_layers or _balanced_counts(num_layers, num_stages, embedding, head):
         ranges.append(range(start, start + count))
         start += count
     return tuple(ranges)
+
+
+def _balanced_counts(num_layers: int, num_stages: int, embedding: float, head: float) -> list[int]:
+    """Layers of each stage. Each layer in turn goes to the cheapest stage so far: with equal items that is the best."""
+    if num_stages == 1:
+        return [num_layers]
+    counts = [0, *[1] * (num_stages - 2), 0]
+    costs = [embedding, *[1.0] * (num_stages - 2), head]
+    cheapest = list(zip(costs, range(num_stages)))
+    heapify(cheapest)
+    for _ in range(num_layers - sum(counts)):
+        cost, stage = cheapest[0]
+        counts[stage] += 1
+        heapreplace(cheapest, (cost + 1, stage))
+    return counts

@@ -1,6 +1,16 @@
 """Model FLOPs: what the maths needs, whatever the engine recomputes (the numerator of MFU)."""
 
+from typing import NamedTuple
+
 from megacore.spec.model import ModelSpec
+
+
+class UnitFlops(NamedTuple):
+    """FLOPs of the forward pass per token of each kind of unit."""
+
+    embedding: float
+    block: float
+    head: float
 
 
 def forward_flops_per_token(spec: ModelSpec, seq_len: int, causal: bool = True) -> float:
@@ -11,6 +21,31 @@ def forward_flops_per_token(spec: ModelSpec, seq_len: int, causal: bool = True) 
     window. (Megatron-LM's count today; reference: Narayanan et al. 2021, appendix, less its causal discount.)
     """
     m = spec.config
+    return 2 * spec.num_matmul_params + m.num_layers * _attention_flops(spec, seq_len, causal)
+
+
+def train_flops_per_token(spec: ModelSpec, seq_len: int, causal: bool = True) -> float:
+    """Forward plus backward (twice the forward): 6N + 6 L a d s, causal."""
+    return 3 * forward_flops_per_token(spec, seq_len, causal)
+
+
+def unit_flops_per_token(spec: ModelSpec, seq_len: int, causal: bool = True) -> UnitFlops:
+    """`forward_flops_per_token` unit by unit; for cutting the model into stages.
+
+    The embedding's look-up, which model FLOPs leave out, counts one per element that it copies or adds.
+    """
+    m = spec.config
+    matrices = sum(param.numel for param in spec.blocks[0].params if param.is_matmul)
+    return UnitFlops(
+        embedding=len(spec.embedding.params) * m.hidden_size,
+        block=2 * matrices + _attention_flops(spec, seq_len, causal),
+        head=2 * m.vocab_size * m.hidden_size,
+    )
+
+
+def _attention_flops(spec: ModelSpec, seq_len: int, causal: bool) -> float:
+    """Scores and values of one block, per token."""
+    m = spec.config
     visible = float(seq_len)
     if m.sliding_window and m.sliding_window < seq_len:
         visible = float(m.sliding_window)
@@ -18,9 +53,4 @@ def forward_flops_per_token(spec: ModelSpec, seq_len: int, causal: bool = True) 
             visible -= m.sliding_window * (m.sliding_window - 1) / (2 * seq_len)
     elif causal:
         visible = seq_len / 2
-    return 2 * spec.num_matmul_params + 4 * m.num_layers * m.num_heads * m.head_dim * visible
-
-
-def train_flops_per_token(spec: ModelSpec, seq_len: int, causal: bool = True) -> float:
-    """Forward plus backward (twice the forward): 6N + 6 L a d s, causal."""
-    return 3 * forward_flops_per_token(spec, seq_len, causal)
+    return 4 * m.num_heads * m.head_dim * visible

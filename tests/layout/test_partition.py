@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megacore.layout import Piece, Segment, Split, balanced, stages_of_layers
+from megacore.layout import Piece, Segment, Split, balanced
 
 
 @given(st.integers(0, 200), st.integers(1, 17))
@@ -95,18 +95,3 @@ def test_fused_qkv_with_fewer_kv_heads_than_ranks() -> None:
 def test_heads_that_can_be_neither_split_nor_copied_are_refused() -> None:
     with pytest.raises(ValueError, match="3 units can be neither split nor copied evenly over 4 ranks"):
         Split(0, "tp", (Segment(3, replicate=True),)).pieces(0, 4)
-
-
-@given(st.integers(1, 40), st.integers(1, 8))
-def test_stages_hold_every_layer_once_in_order(num_layers: int, num_stages: int) -> None:
-    stages = stages_of_layers(num_layers, num_stages)
-    assert len(stages) == num_stages
-    assert [layer for stage in stages for layer in stage] == list(range(num_layers))
-    assert max(map(len, stages)) - min(map(len, stages)) <= 1
-
-
-def test_stages_as_given() -> None:
-    assert stages_of_layers(7, 3, (1, 4, 2)) == (range(1), range(1, 5), range(5, 7))
-    for counts in ((1, 4), (1, 4, 3)):
-        with pytest.raises(ValueError, match="give 3 counts that sum to 7"):
-            stages_of_layers(7, 3, counts)

@@ -1,0 +1,31 @@
+"""The layers of each pipeline stage, balanced by what the units really cost."""
+
+from megacore.config.schema import ModelConfig
+from megacore.layout.stages import stages_of_layers
+from megacore.spec.flops import unit_flops_per_token
+from megacore.spec.model import ModelSpec
+
+
+def layers_of_stages(
+    model: ModelConfig, seq_len: int, num_stages: int, stage_layers: tuple[int, ...] = ()
+) -> tuple[range, ...]:
+    """The layers that each of ``num_stages`` stages holds; the first also has the embedding, the last the head.
+
+    ``model`` is resolved, its vocabulary known. ``stage_layers`` gives counts, else the FLOPs of samples of ``seq_len``
+    tokens are balanced (backward costs twice the forward everywhere, so the forward's shares are those of training).
+
+    Raises ValueError if the layers cannot be cut so.
+    """
+    flops = unit_flops_per_token(ModelSpec.of(model), seq_len)
+    return stages_of_layers(
+        model.num_layers, num_stages, stage_layers, flops.embedding / flops.block, flops.head / flops.block
+    )
+
+
+def flops_of_stages(model: ModelConfig, seq_len: int, stages: tuple[range, ...]) -> tuple[float, ...]:
+    """Forward FLOPs per token of each stage that `layers_of_stages` made."""
+    flops = unit_flops_per_token(ModelSpec.of(model), seq_len)
+    costs = [len(layers) * flops.block for layers in stages]
+    costs[0] += flops.embedding
+    costs[-1] += flops.head
+    return tuple(costs)
