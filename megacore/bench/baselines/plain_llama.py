@@ -77,6 +77,9 @@ class Block(nn.Module):
 class PlainLlama(nn.Module):
     """Llama of the shape of `config` (its rope, rmsnorm, swiglu and no biases are taken for granted)."""
 
+    cos_sd: Tensor
+    sin_sd: Tensor
+
     def __init__(self, config: ModelConfig, seq_len: int):
         super().__init__()
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
