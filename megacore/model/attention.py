@@ -8,6 +8,7 @@ from megacore.kernels import counter
 from megacore.kernels.table import Kernels
 from megacore.model.inputs import Shared
 from megacore.model.norm import RMSNorm
+from megacore.model.recompute import recomputed
 from megacore.parallel.dropout import keep_mask
 from megacore.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megacore.parallel.parameters import ParameterMaker
@@ -18,7 +19,13 @@ class Attention(nn.Module):
     """x [t, h] -> [t, h]: project, norm and rotate heads, attend, project back."""
 
     def __init__(
-        self, model: ModelConfig, make: ParameterMaker, tp: TensorParallel, kernels: Kernels, seed: int
+        self,
+        model: ModelConfig,
+        make: ParameterMaker,
+        tp: TensorParallel,
+        kernels: Kernels,
+        seed: int,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.d = model.head_dim
@@ -31,7 +38,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(make.below("q_norm"), model.norm_eps, kernels.rms_norm)
             self.k_norm = RMSNorm(make.below("k_norm"), model.norm_eps, kernels.rms_norm)
         self.out = RowParallelLinear(make.below("out"), tp)
-        self.qk_norm = model.qk_norm
+        self.qk_norm, self.recompute = model.qk_norm, recompute
         self.rope = kernels.rope
         self.attend = kernels.attention
         self.attend_dropping = kernels.attention_dropout
@@ -39,9 +46,18 @@ class Attention(nn.Module):
         self.key = counter.key_of("dropout", seed, make.prefix)
 
     def forward(self, x_th: Tensor, shared: Shared) -> Tensor:
+        qkv = self.qkv(x_th)
+        if self.recompute:
+            y = recomputed(lambda qkv: self.core(qkv, shared), lambda qkv, _: self.core(qkv, shared), qkv)
+        else:
+            y = self.core(qkv, shared)
+        return self.out(y)
+
+    def core(self, qkv: Tensor, shared: Shared) -> Tensor:
+        """Everything between the projections: [t, (n+2m)d] -> [t, nd]."""
         b, s = shared.shape
         n, m, d = self.n, self.m, self.d
-        qk_bsnd, v_bsmd = self.qkv(x_th).view(b, s, n + 2 * m, d).split((n + m, m), 2)
+        qk_bsnd, v_bsmd = qkv.view(b, s, n + 2 * m, d).split((n + m, m), 2)
         if self.qk_norm:
             q_bsnd, k_bsmd = qk_bsnd.split((n, m), 2)
             qk_bsnd = torch.cat((self.q_norm(q_bsnd), self.k_norm(k_bsmd)), 2)
@@ -54,7 +70,7 @@ class Attention(nn.Module):
             y_bnsd = self.attend_dropping(q, k, v, shared.mask, shared.causal, self.scale, keep)
         else:
             y_bnsd = self.attend(q, k, v, shared.mask, shared.causal, self.scale)
-        return self.out(y_bnsd.transpose(1, 2).reshape(b * s, n * d))
+        return y_bnsd.transpose(1, 2).reshape(b * s, n * d)
 
     def keep(self, shared: Shared, b: int, s: int) -> Tensor:
         """The dropout mask of the probabilities [b, n, s, s], keyed by (sample, query, head, key)."""

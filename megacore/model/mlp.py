@@ -21,4 +21,8 @@ class MLP(nn.Module):
         self.down = RowParallelLinear(make.below("down"), tp)
 
     def forward(self, x_th: Tensor) -> Tensor:
-        return self.down(self.activate(self.get_submodule(self.name)(x_th)))
+        return self.down(self.widened(x_th))
+
+    def widened(self, x_th: Tensor) -> Tensor:
+        """What goes into the last product, [t, f]."""
+        return self.activate(self.get_submodule(self.name)(x_th))

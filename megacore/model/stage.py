@@ -22,6 +22,10 @@ from megacore.parallel.parameters import ParameterMaker
 from megacore.parallel.tensor import TensorParallel
 
 
+TIED = "embedding.tokens.weight"
+"""The parameter that a tied output matrix is."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """What is minimised besides the cross-entropy itself."""
@@ -67,7 +71,7 @@ class Stage(nn.Module):
 
     Parameters keep their global names. Input and output are x [t, h] (a run of the tokens under sequence parallelism).
     A tied output matrix is the embedding's; where the last stage is not the first, it is that of ``tied_to`` (the first
-    stage, on the same rank) or a copy of its own.
+    stage, on the same rank) or a copy of its own. ``recompute``: see ``model/recompute.py``.
     """
 
     def __init__(
@@ -81,16 +85,17 @@ class Stage(nn.Module):
         first: bool = True,
         last: bool = True,
         tied_to: "Stage | None" = None,
+        recompute: str = "none",
     ) -> None:
         super().__init__()
         self.model, self.tp, self.objective, self.first, self.last = model, tp, objective, first, last
-        rows = make.specs["embedding.tokens.weight"].pieces(tp.group.rank, tp.group.size)
+        rows = make.specs[TIED].pieces(tp.group.rank, tp.group.size)
         self.vocab = Vocabulary(model.vocab_size, vocab_piece(rows))
         self.dtype, self.device = make.dtype, make.device
         if first:
             self.embedding = Embedding(model, make.below("embedding"), self.vocab, tp, make.seed)
         self.layers = nn.ModuleDict(
-            {str(i): Block(model, make.below(f"layers.{i}"), tp, kernels, make.seed) for i in layers}
+            {str(i): Block(model, make.below(f"layers.{i}"), tp, kernels, make.seed, recompute) for i in layers}
         )
         if last:
             self.final_norm = make_norm(model, make.below("final_norm"), kernels)
