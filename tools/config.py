@@ -95,7 +95,8 @@ def explain(arguments: argparse.Namespace) -> int:
         return 0
     for r in rows:
         default = "required" if r["required"] else f"default {toml_value(r['default'])}"
-        choices = f"; one of {', '.join(r['choices'])}" if r["choices"] else ""
+        file = f" or a {r['file']} file" if r["file"] else ""
+        choices = f"; one of {', '.join(r['choices'])}{file}" if r["choices"] else ""
         print(f"{r['key']}  ({r['type']}, {default}{choices})\n    {r['help']}")
     return 0
 
@@ -120,6 +121,7 @@ def row(key: str, field: Field[Any]) -> dict[str, Any]:
         "default": field.default,
         "required": bool(field.metadata.get("required")),
         "choices": field.metadata["choices"],
+        "file": field.metadata.get("file", ""),
         "help": field.metadata["help"],
     }
 

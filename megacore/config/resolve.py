@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+from megacore.config.pipeline import num_chunks
 from megacore.config.schema import ModelConfig, OptimConfig, ParallelConfig, RunConfig
 
 GATED = frozenset({"swiglu", "geglu"})
@@ -54,7 +55,7 @@ def resolve_optim(optim: OptimConfig, steps: int) -> OptimConfig:
 
 
 def resolve_parallel(parallel: ParallelConfig, world_size: int) -> ParallelConfig:
-    """The layout with the sizes that the number of ranks implies."""
+    """The layout with the sizes that the number of ranks and the schedule imply."""
     dp = parallel.dp or world_size // (parallel.tp * parallel.pp * parallel.cp)
     etp = parallel.etp or (parallel.tp if parallel.ep == 1 else 1)
-    return replace(parallel, dp=dp, dp_shard=parallel.dp_shard or dp, etp=etp)
+    return replace(parallel, dp=dp, dp_shard=parallel.dp_shard or dp, etp=etp, chunks=num_chunks(parallel))

@@ -7,6 +7,7 @@ A rule reads only the keys named beside it in ``RULES``, and is run only when al
 from collections.abc import Callable, Iterator
 
 from megacore.config.batch import batch_problems, multiples
+from megacore.config.pipeline import cut_problem, num_chunks, schedule_problems
 from megacore.config.resolve import resolve_model
 from megacore.config.schema import ModelConfig, RunConfig
 
@@ -118,19 +119,14 @@ def _layout(config: RunConfig, world_size: int | None) -> Iterator[str]:
     p, num_layers = config.parallel, config.model.num_layers
     if sorted(p.order.split("-")) != ["cp", "dp", "pp", "tp"] or not p.order.startswith("pp"):
         yield f"parallel.order={p.order} must begin with pp and name dp, cp and tp once each, as in pp-dp-cp-tp"
-    num_stages = p.pp * p.chunks
-    if num_stages > num_layers:
-        yield (
-            f"parallel.pp*chunks={p.pp}*{p.chunks}={num_stages} exceeds model.num_layers={num_layers}; "
-            f"use at most {num_layers} stages"
-        )
-    elif p.stage_layers and (len(p.stage_layers) != num_stages or sum(p.stage_layers) != num_layers):
-        yield (
-            f"parallel.stage_layers={list(p.stage_layers)} must be {num_stages} counts that sum to "
-            f"model.num_layers={num_layers}; leave it out for a balanced split"
-        )
+    if problem := cut_problem(num_layers, p.pp * num_chunks(p), p.stage_layers):
+        yield problem
     if p.regather_inputs and not p.sequence_parallel:
         yield "parallel.regather_inputs=true needs parallel.sequence_parallel=true; set it, or leave both out"
+
+
+def _schedule(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    yield from schedule_problems(config.parallel, config.train.batch_ramp)
 
 
 def _batch(config: RunConfig, world_size: int | None) -> Iterator[str]:
@@ -193,6 +189,11 @@ def _log(config: RunConfig, world_size: int | None) -> Iterator[str]:
         )
     if not all(log.sample_prompts):
         yield f"log.sample_prompts={list(log.sample_prompts)} has an empty prompt; give each at least one letter"
+    if log.timeline_step > config.train.steps:
+        yield (
+            f"log.timeline_step={log.timeline_step} comes after the last step, train.steps={config.train.steps}; "
+            f"use at most {config.train.steps}"
+        )
 
 
 def _divisors(number: int, near: int) -> str:
@@ -211,8 +212,9 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_world, ("parallel",)),
     (_model, ("model", "parallel", "train.seq_len")),
     (_layout, ("parallel", "model.num_layers")),
+    (_schedule, ("parallel.chunks", "parallel.schedule", "train.batch_ramp")),
     (_batch, ("parallel", "train")),
     (_optim, ("optim", "train.steps")),
     (_data, ("data", "train.eval_every")),
-    (_log, ("log.sample_every", "log.sample_prompts")),
+    (_log, ("log.sample_every", "log.sample_prompts", "log.timeline_step", "train.steps")),
 )

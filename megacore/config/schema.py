@@ -9,6 +9,9 @@ before anything else sees the tree, so the rest of the house never meets an unre
 from dataclasses import dataclass, field
 from typing import Any
 
+OWN_SCHEDULE = ".txt"
+"""How the name of a file ends that holds a user's own schedule."""
+
 
 def key(default: Any, help: str, choices: tuple[str, ...] = (), **more: Any) -> Any:
     """A dataclass field with its one-line meaning (shown by `megacore config explain`) and its legal values."""
@@ -81,10 +84,13 @@ class ParallelConfig:
     dp_shard: int = key(0, "ranks of a dp group that shard state (hybrid sharding); 0: dp")
     ep: int = key(1, "expert parallel size")
     etp: int = key(0, "tensor parallel size inside experts; 0: tp, with ep > 1 1")
-    chunks: int = key(1, "model chunks per pipeline rank (interleaving)")
-    stage_layers: tuple[int, ...] = key((), "layers of each stage, in order; empty: balanced")
+    chunks: int = key(0, "stages per pipeline rank (interleaving); 0: 2 for zb-v and dualpipe-v, else 1")
+    stage_layers: tuple[int, ...] = key((), "layers of each stage, in order; empty: balanced by FLOPs")
     schedule: str = key(
-        "1f1b", "pipeline schedule", ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v", "dualpipe-v")
+        "1f1b",
+        "pipeline schedule: a kind, or a text file with a list of one's own",
+        ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v", "dualpipe-v"),
+        file=OWN_SCHEDULE,
     )
     zero: int = key(0, "ZeRO stage: 0 nothing, 1 optimizer state, 2 + gradients, 3 + parameters are sharded")
     sequence_parallel: bool = key(False, "split activations outside the matrices along the sequence over tp")
@@ -195,6 +201,9 @@ class LogConfig:
     sample_prompts: tuple[str, ...] = key((), "prompts to continue")
     sample_tokens: int = key(48, "tokens per sampled text")
     sample_temperature: float = key(0.8, "softmax temperature of sampled texts; 0: the likeliest token")
+    timeline_step: int = key(
+        0, "step whose instructions are timed, drawn and written to timeline.json and timeline.svg; 0: none"
+    )
 
 
 @dataclass(frozen=True)

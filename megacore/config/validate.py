@@ -37,13 +37,14 @@ def validate(config: RunConfig, world_size: int | None, unread: Collection[str] 
 
 
 def choice_problem(key: str, field: Field[Any], value: Any) -> str:
-    """What is wrong with ``value`` where the field has choices, else nothing."""
-    choices = field.metadata["choices"]
-    if not choices or value in choices:
+    """What is wrong with ``value`` where the field has choices (of which a file may be one), else nothing."""
+    choices, suffix = field.metadata["choices"], field.metadata.get("file")
+    if not choices or value in choices or (suffix and value.endswith(suffix)):
         return ""
     listed = ", ".join(choices)
     hint = did_you_mean(value, choices).removeprefix(f"known are {listed}")
-    return f"{key}={value} is not one of {listed}" + (f"; {hint}" if hint else "")
+    file = f", nor a {suffix} file" if suffix else ""
+    return f"{key}={value} is not one of {listed}{file}" + (f"; {hint}" if hint else "")
 
 
 def _overlap(some: Collection[str], others: Collection[str]) -> bool:

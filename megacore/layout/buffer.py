@@ -16,6 +16,11 @@ class Slot:
     offset: int
     numel: int
 
+    @property
+    def end(self) -> int:
+        """Where the next slot may begin."""
+        return self.offset + -(-self.numel // ALIGNMENT) * ALIGNMENT
+
 
 @dataclass(frozen=True)
 class BufferLayout:
@@ -33,18 +38,21 @@ class BufferLayout:
             for length in shape:
                 numel *= length
             slots.append(Slot(name, tuple(shape), offset, numel))
-            offset += -(-numel // ALIGNMENT) * ALIGNMENT
+            offset = slots[-1].end
         return cls(tuple(slots), offset)
 
-    def buckets(self, num_elements: int) -> tuple[tuple[int, int], ...]:
-        """Cut the buffer at slot boundaries into (start, end) runs of about ``num_elements``, last slots first.
 
-        Backward finishes the last layers first, so their bucket can be reduced first.
-        """
-        cuts = [self.size]
-        for slot in reversed(self.slots):
-            if cuts[-1] - slot.offset >= num_elements:
-                cuts.append(slot.offset)
-        if cuts[-1]:
-            cuts.append(0)
-        return tuple((cuts[i + 1], cuts[i]) for i in range(len(cuts) - 1))
+def buckets(slots: Sequence[Slot], num_elements: int) -> tuple[tuple[int, int], ...]:
+    """Cut neighbouring slots at their boundaries into (start, end) runs of about ``num_elements``, last slots first.
+
+    Backward finishes the last layers first, so their bucket can be reduced first.
+    """
+    if not slots:
+        return ()
+    cuts = [slots[-1].end]
+    for slot in reversed(slots):
+        if cuts[-1] - slot.offset >= num_elements:
+            cuts.append(slot.offset)
+    if cuts[-1] > slots[0].offset:
+        cuts.append(slots[0].offset)
+    return tuple((cuts[i + 1], cuts[i]) for i in range(len(cuts) - 1))

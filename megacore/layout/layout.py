@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from megacore.config.pipeline import num_chunks
 from megacore.config.schema import ParallelConfig
 
 EXPERT_AXES: Mapping[str, str] = MappingProxyType({"tp": "etp", "cp": "ep", "dp": "edp", "pp": "pp"})
@@ -42,7 +43,7 @@ class Layout:
 
     @classmethod
     def of(cls, parallel: ParallelConfig, world: int) -> "Layout":
-        """The layout of ``world`` ranks; ``parallel.dp``, ``dp_shard`` and ``etp`` of 0 are derived.
+        """The layout of ``world`` ranks; ``parallel.dp``, ``dp_shard``, ``etp`` and ``chunks`` of 0 are derived.
 
         Raises ValueError if the world is not a multiple of tp*pp*cp, or contradicts an explicit dp.
         """
@@ -65,7 +66,7 @@ class Layout:
             dp_shard=parallel.dp_shard or dp,
             ep=parallel.ep,
             etp=parallel.etp or (parallel.tp if parallel.ep == 1 else 1),
-            chunks=parallel.chunks,
+            chunks=num_chunks(parallel),
             zero=parallel.zero,
             order=tuple(parallel.order.split("-")),
         )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from heapq import heapify, heapreplace
 
-from megacore.config.cut import cut_problem
+from megacore.config.pipeline import cut_problem
 
 
 def stages_of_layers(

@@ -41,10 +41,18 @@ def test_show_prints_a_run_that_loads_again(megacore, tmp_path):
 
 
 def test_show_tells_what_training_would_refuse(megacore):
-    code, out, err = megacore("config", "show", "--preset", "llama3-70b", "parallel.tp=8", "parallel.pp=4")
+    code, out, err = megacore("config", "show", "--preset", "llama3-70b", "parallel.tp=8", "parallel.cp=4")
     assert code == 0
-    assert "pp = 4" in out
-    assert "training would refuse: parallel.pp=4 is not supported yet" in err
+    assert "cp = 4" in out
+    assert "training would refuse: parallel.cp=4 is not supported yet" in err
+
+
+def test_show_derives_chunks(megacore):
+    for schedule, chunks in (("zb-v", 2), ("dualpipe-v", 2), ("interleaved", 1)):
+        _, out, err = megacore(
+            "config", "show", "--preset", "llama3-8b", "parallel.pp=4", f"parallel.schedule={schedule}", "--json"
+        )
+        assert (json.loads(out)["parallel.chunks"], err) == (chunks, "")
 
 
 def test_show_json_is_flat(megacore):
@@ -76,6 +84,8 @@ def test_explain_finds_keys_by_any_part_of_their_name(megacore, word, keys):
 def test_explain_says_type_default_and_choices(megacore):
     _, out, _ = megacore("config", "explain", "model.norm")
     assert out.startswith('model.norm  (str, default "rmsnorm"; one of rmsnorm, layernorm)\n')
+    _, out, _ = megacore("config", "explain", "parallel.schedule")
+    assert "zb-v, dualpipe-v or a .txt file)" in out
     assert megacore("config", "explain", "lrr")[2] == "megacore: there is no key lrr; did you mean lr?\n"
 
 

@@ -25,8 +25,36 @@ BROKEN = [
     (["parallel.tp=2", "parallel.sequence_parallel=true", "train.seq_len=33"], 2, "use train.seq_len=32 or 34"),
     (["parallel.regather_inputs=true"], 1, "needs parallel.sequence_parallel=true"),
     (["parallel.order=tp-pp-cp-dp"], 1, "must begin with pp"),
-    (["parallel.pp=64"], 64, "exceeds model.num_layers=32; use at most 32 stages"),
-    (["parallel.pp=2", "parallel.stage_layers=3,4"], 2, "must be 2 counts that sum to model.num_layers=32"),
+    (
+        ["parallel.pp=64"],
+        64,
+        "64 stages, too many for model.num_layers=32 with an embedding and a head; use at most 34",
+    ),
+    (
+        ["parallel.pp=2", "parallel.stage_layers=3,4"],
+        2,
+        "it must have 2 (parallel.pp*chunks) that sum to model.num_layers=32",
+    ),
+    (["parallel.pp=4", "parallel.stage_layers=16,0,8,8"], 4, "leaves a stage empty"),
+    (["parallel.pp=4", "parallel.stage_layers=16,8,8"], 4, "has 3 counts that sum to 32; it must have 4"),
+    (
+        ["parallel.pp=2", "parallel.schedule=zb-v", "parallel.stage_layers=16,16"],
+        2,
+        "it must have 4 (parallel.pp*chunks)",
+    ),
+    (
+        ["parallel.pp=2", "parallel.schedule=zb-v", "parallel.chunks=3"],
+        2,
+        "whose ranks hold 2 stages each; leave it out",
+    ),
+    (["parallel.pp=2", "parallel.schedule=dualpipe-v", "parallel.chunks=1"], 2, "parallel.chunks=1 does not go with"),
+    (["parallel.schedule=lists/mine.txt"], 1, "parallel.schedule=lists/mine.txt is no file"),
+    (
+        ["parallel.schedule=mine.txt", "train.batch_ramp=1,1,10", "train.global_batch_size=2"],
+        1,
+        "train.batch_ramp=[1, 1, 10] changes the number of microbatches",
+    ),
+    (["log.timeline_step=101"], 1, "log.timeline_step=101 comes after the last step, train.steps=100; use at most 100"),
     (["model.num_heads=33"], 1, "does not divide model.hidden_size=4096; use 32 or 64, or give model.head_dim"),
     (["model.num_kv_heads=5"], 1, "model.num_kv_heads=5 does not divide model.num_heads=32; use 4 or 8"),
     (["model.head_dim=63"], 1, "model.head_dim=63 is odd"),
@@ -127,6 +155,12 @@ LEGAL = [
     (["parallel.tp=16"], 16),  # twice as many ranks as kv heads
     (["parallel.tp=2", "parallel.sequence_parallel=true", "model.vocab_size=1003", "model.num_layers=3"], 2),
     (["parallel.sequence_parallel=true"], 1),  # inactive
+    (["parallel.pp=34"], 34),  # the embedding and the head may have a stage of their own
+    (["parallel.pp=2", "parallel.chunks=3", "parallel.schedule=interleaved", "train.global_batch_size=5"], 2),
+    (["parallel.pp=2", "parallel.chunks=2", "parallel.stage_layers=0,16,16,0"], 2),
+    (["parallel.pp=2", "parallel.schedule=zb-v", "parallel.recompute=selective"], 2),
+    (["parallel.pp=2", "parallel.schedule=dualpipe-v", "parallel.chunks=2", "train.batch_ramp=2,2,10"], 2),
+    (["log.timeline_step=100"], 1),
     (["model.vocab_size=3", "parallel.tp=4"], 4),  # a rank without rows
     (["model.hidden_size=100", "model.head_dim=32"], 1),  # heads * head_dim need not be hidden_size
     (["train.global_batch_size=8", "train.batch_ramp=2,2,10"], 2),
@@ -173,14 +207,9 @@ def test_derived_values():
 REFUSED = {
     "model.num_experts": 8,
     "model.top_k": 2,
-    "parallel.pp": 2,
     "parallel.cp": 2,
     "parallel.ep": 2,
-    "parallel.chunks": 2,
-    "parallel.stage_layers": (6,),
-    "parallel.schedule": "zb-h1",
     "parallel.zero": 1,
-    "parallel.recompute": "full",
     "precision.dtype": "bf16",
     "precision.fp8": "delayed",
     "precision.loss_scale": "dynamic",
@@ -214,3 +243,25 @@ def test_other_factorings_are_refused():
     config = load(None, ["parallel.tp=2", "parallel.dp=4", "parallel.dp_shard=2", "parallel.etp=1"], "demo")
     assert [line.split("=")[0] for line in unsupported(config)] == ["parallel.dp_shard", "parallel.etp"]
     assert not list(unsupported(resolve(load(None, ["parallel.tp=2"], "demo"), 8)))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("zbv", "nor a .txt file; did you mean zb-v?"),
+        ("1f1d", "did you mean 1f1b?"),
+        ("lists/mine.json", "is not one of gpipe, 1f1b, interleaved, zb-h1, zb-h2, zb-v, dualpipe-v, nor a .txt file"),
+    ],
+)
+def test_a_schedule_is_a_kind_or_a_text_file(value, message):
+    with pytest.raises(ConfigError) as raised:
+        load(None, [f"parallel.schedule={value}"], "demo")
+    assert message in str(raised.value)
+
+
+def test_a_schedule_of_ones_own_is_taken(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text("0: F0.0 B0.0", encoding="utf-8")
+    config = load(None, [f"parallel.schedule={path}"], "demo")
+    check(config, 1)
+    assert resolve(config, 1).parallel.chunks == 1

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megacore.layout import BufferLayout
-from megacore.layout.buffer import ALIGNMENT
+from megacore.layout.buffer import ALIGNMENT, buckets
 
 shapes = st.lists(st.lists(st.integers(0, 40), max_size=3), max_size=12)
 
@@ -33,16 +33,16 @@ def test_slots_are_aligned_in_order_and_apart(shapes: list[list[int]]) -> None:
 @given(shapes, st.integers(1, 5000))
 def test_buckets_cut_the_buffer_at_slots_from_the_end(shapes: list[list[int]], num_elements: int) -> None:
     layout = layout_of(shapes)
-    buckets = layout.buckets(num_elements)
+    runs = buckets(layout.slots, num_elements)
     borders = {slot.offset for slot in layout.slots} | {layout.size}
-    assert [end for _, end in buckets] == [layout.size, *(start for start, _ in buckets[:-1])][: len(buckets)]
-    assert (buckets[-1][0] == 0) if buckets else layout.size == 0
-    for start, end in buckets:
+    assert [end for _, end in runs] == [layout.size, *(start for start, _ in runs[:-1])][: len(runs)]
+    assert (runs[-1][0] == 0) if runs else layout.size == 0
+    for start, end in runs:
         assert start < end
         assert start in borders
         second = min(border for border in borders if border > start)
         assert end - second < num_elements  # without its first slot it would not have been full
-    for start, end in buckets[:-1]:  # the one with the first layers may be small
+    for start, end in runs[:-1]:  # the one with the first layers may be small
         assert end - start >= num_elements
 
 
@@ -50,6 +50,8 @@ def test_a_layout_written_out() -> None:
     layout = layout_of([[3], [8, 16], [64]])
     assert [slot.offset for slot in layout.slots] == [0, 64, 192]
     assert layout.size == 256
-    assert layout.buckets(60) == ((192, 256), (64, 192), (0, 64))
-    assert layout.buckets(100) == ((64, 256), (0, 64))
-    assert layout.buckets(10**9) == ((0, 256),)
+    assert buckets(layout.slots, 60) == ((192, 256), (64, 192), (0, 64))
+    assert buckets(layout.slots, 100) == ((64, 256), (0, 64))
+    assert buckets(layout.slots, 10**9) == ((0, 256),)
+    assert buckets(layout.slots[1:], 60) == ((192, 256), (64, 192))
+    assert buckets(layout.slots[:2], 10**9) == ((0, 192),)

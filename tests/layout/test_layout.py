@@ -104,6 +104,7 @@ def test_sizes_left_out_are_derived_from_the_world() -> None:
     assert layout.world == 16
     assert layout.num_stages == 4
     assert Layout.of(ParallelConfig(tp=2, ep=4), 8).etp == 1
+    assert [Layout.of(ParallelConfig(pp=4, schedule=kind), 4).num_stages for kind in ("1f1b", "zb-v")] == [4, 8]
     assert Layout.of(ParallelConfig(dp=4, dp_shard=2), 4).dp_replicate == 2
 
 
