@@ -53,22 +53,20 @@ def zb_h2(num_ranks: int, num_microbatches: int, chunks: int) -> tuple[Instructi
         1:      F1.0 I1.0 F1.1 I1.1 F1.2 I1.2 W1.0 W1.1 W1.2
     """
     return tuple(
-        _rank(
-            rank,
-            num_ranks,
-            num_microbatches,
-            chunks,
-            _warm_up(rank, num_ranks, chunks) + num_ranks - 1 - rank,
-            lag=2 * rank,
-        )
+        _rank(rank, num_ranks, num_microbatches, chunks, _long_warm_up(rank, num_ranks, chunks), lag=2 * rank)
         for rank in range(num_ranks)
     )
 
 
 def _warm_up(rank: int, num_ranks: int, chunks: int) -> int:
-    """Forwards before the first pair: until the first gradient can be back."""
-    below = num_ranks - 1 - rank
-    return below if chunks == 1 else 2 * below + (chunks - 1) * num_ranks
+    """Forwards before a rank takes turns. With one chunk the fewest that let the last rank start at once; they leave a
+    gap before the first gradient is back, which with several chunks would recur at every chunk."""
+    return num_ranks - 1 - rank if chunks == 1 else _long_warm_up(rank, num_ranks, chunks)
+
+
+def _long_warm_up(rank: int, num_ranks: int, chunks: int) -> int:
+    """As many forwards as fit before the first gradient is back."""
+    return 2 * (num_ranks - 1 - rank) + (chunks - 1) * num_ranks
 
 
 def _rank(rank: int, num_ranks: int, num_microbatches: int, chunks: int, warm_up: int, lag: int = -1) -> Instructions:
