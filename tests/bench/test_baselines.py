@@ -10,6 +10,7 @@ from torch import Tensor, distributed
 from megacore.bench.baselines.ddp import ddp_step
 from megacore.bench.baselines.dtensor_tp import PLANS, dtensor_step
 from megacore.bench.baselines.plain_llama import PlainLlama, training_step
+from megacore.bench.weights import plain_weights
 from megacore.config.schema import ModelConfig, OptimConfig
 from tests.oracle.model import PlainDecoder, random_weights
 from tests.pool import WorkerPool
@@ -40,28 +41,9 @@ def fused_parts(weights: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
     return {"wq": wq, "wk": wk, "wv": wv, "gate": gate, "up": up}
 
 
-def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The oracle's weights under the plain model's names."""
-    renamed = {
-        "tok_embeddings.weight": weights["embedding.tokens.weight"],
-        "norm.weight": weights["final_norm.weight"],
-        "output.weight": weights["head.weight"],
-    }
-    for layer in range(MODEL.num_layers):
-        name, parts = f"layers.{layer}", fused_parts(weights, layer)
-        renamed |= {f"{name}.attention.{letter}.weight": parts[letter] for letter in ("wq", "wk", "wv")}
-        renamed[f"{name}.attention.wo.weight"] = weights[f"{name}.attention.out.weight"]
-        renamed[f"{name}.feed_forward.w1.weight"] = parts["gate"]
-        renamed[f"{name}.feed_forward.w3.weight"] = parts["up"]
-        renamed[f"{name}.feed_forward.w2.weight"] = weights[f"{name}.mlp.down.weight"]
-        renamed[f"{name}.attention_norm.weight"] = weights[f"{name}.attention_norm.weight"]
-        renamed[f"{name}.ffn_norm.weight"] = weights[f"{name}.mlp_norm.weight"]
-    return renamed
-
-
 def test_the_plain_model_is_the_oracle() -> None:
     model = PlainLlama(MODEL, SEQ_LEN)
-    model.load_state_dict(plain_names(random_weights(MODEL)))
+    model.load_state_dict(plain_weights(MODEL, random_weights(MODEL)))
     tokens, labels = batch()
     loss = torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), labels.flatten())
     assert loss.item() == pytest.approx(oracle_loss(), rel=1e-4)

@@ -1,5 +1,7 @@
-"""The plain model cut into stages under torch.distributed.pipelining: 1F1B, or interleaved 1F1B with several stages a
-rank.
+"""The plain model cut into stages under torch.distributed.pipelining: 1F1B, or interleaved 1F1B.
+
+The interleaved class also takes one stage a rank: that is 1F1B with twice the forwards to warm up (and their memory),
+whose sends nobody waits for, while `Schedule1F1B` waits for each.
 
 Chosen as its documentation advises, and for speed: shapes are given to every stage, so that no metadata is ever sent
 and receive buffers are made once; the loss carries 1/microbatches, so that no gradient is divided afterwards
@@ -45,7 +47,8 @@ class LlamaStage(nn.Module):
 class TorchPipeline:
     """A training step of ``whole``, whose stage i holds the layers ``cut[i]`` and lives on rank i % ranks of ``group``.
 
-    ``micro_batch``: (samples, length) of one microbatch. Every rank gives the same batch: tokens and labels [b, s].
+    ``micro_batch``: (samples, length) of one microbatch. ``schedule``: 1f1b (one stage a rank) or interleaved. Every rank
+    gives the same batch: tokens and labels [b, s].
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class TorchPipeline:
         optim: OptimConfig,
         micro_batch: tuple[int, int],
         num_microbatches: int,
+        schedule: str,
         group: ProcessGroup | None = None,
     ):
         self.group, self.clip_grad, self.num_microbatches = group, optim.clip_grad, num_microbatches
@@ -63,8 +67,9 @@ class TorchPipeline:
         self.has_first, self.has_last = 0 in self.stages, len(cut) - 1 in self.stages
         self.parts: list[_PipelineStageBase] = [self._part(whole, i, len(cut), micro_batch) for i in mine]
         self.schedule: Schedule1F1B | ScheduleInterleaved1F1B
-        if len(self.parts) == 1:
-            self.schedule = Schedule1F1B(self.parts[0], num_microbatches, self._loss, scale_grads=False)
+        if schedule == "1f1b":
+            (part,) = self.parts
+            self.schedule = Schedule1F1B(part, num_microbatches, self._loss, scale_grads=False)
         else:
             self.schedule = ScheduleInterleaved1F1B(self.parts, num_microbatches, self._loss, scale_grads=False)
         self.parameters = [parameter for stage in self.stages.values() for parameter in stage.parameters()]
