@@ -60,10 +60,12 @@ def computing(schedule: Schedule) -> Computing:
         beyond = np.maximum(table[:, 1 + column], all_.back[:, column]) >= limit
         if beyond.any():
             raise all_.fault(int(beyond.argmax()), f"{noun}s are 0 to {limit - 1}")
-    present = np.unique(table[all_.forwards, 1].astype(np.int64) * num_microbatches + table[all_.forwards, 2])
-    if len(present) < num_stages * num_microbatches:
-        missing = int(np.append(present != np.arange(len(present)), True).argmax())
-        stage, microbatch = divmod(missing, num_microbatches)
+    forwarded = table[all_.forwards, 1].astype(np.int64) * num_microbatches + table[all_.forwards, 2]
+    # n forwards leave a gap within the first n + 1 places, however many there are to fill.
+    seen = np.zeros(min(num_stages * num_microbatches, len(forwarded) + 1), dtype=bool)
+    seen[forwarded[forwarded < len(seen)]] = True
+    if not seen.all():
+        stage, microbatch = divmod(int(seen.argmin()), num_microbatches)
         raise ValueError(f"F{stage}.{microbatch} of stages 0 to {num_stages - 1} is on no rank's list")
     return all_
 

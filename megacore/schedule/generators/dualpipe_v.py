@@ -31,7 +31,7 @@ def _phases(rank: int, num_ranks: int, num_microbatches: int) -> Iterator[tuple[
     yield "F0", 2 * below
     yield "F0 F1", rank + 1
     yield "I1 W1 F1", below
-    # Steady: two pairs in turn. On the last rank the first pair is taken apart: the gradient it makes is the first of all.
+    # Steady: two pairs in turn. The last rank takes its first pair apart, for all others wait for the gradient in it.
     steady = num_microbatches - 2 * num_ranks + rank + 1
     first = "F0 B1" if below == 0 else "F0B1"
     yield f"{first} F1B0", 1
