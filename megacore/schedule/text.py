@@ -35,7 +35,7 @@ def to_text(schedule: Schedule) -> str:
 def from_text(text: str, kind: str = "file") -> Schedule:
     """The schedule that a text holds, of as many microbatches as it forwards; ``kind`` is what to call it.
 
-    Raises ValueError with line and reason if it holds none. Whether the schedule computes a step is for ``check`` to say.
+    Raises ValueError with line and reason if it holds none. Whether it computes a step is for ``check`` to say.
     """
     ranks: dict[int, list[_Word]] = {}
     first_line: dict[int, int] = {}

@@ -8,8 +8,8 @@ from megacore.schedule.schedule import Instructions
 def gpipe(num_ranks: int, num_microbatches: int, chunks: int) -> tuple[Instructions, ...]:
     """Of every rank, all forwards chunk by chunk, then all backwards from the last chunk to the first.
 
-    The bubble is (p-1)(F+B) of one rank's work, or of one chunk's where there are several and m >= p; all m microbatches
-    are alive at once. With several chunks it is the breadth-first schedule (Lamy-Poirier 2023, arXiv 2211.05953, section 4).
+    The bubble is (p-1)(F+B) of a chunk's work where there is one chunk or m >= p; all m microbatches are alive at once.
+    With several chunks it is the breadth-first schedule (Lamy-Poirier 2023, arXiv 2211.05953, section 4).
 
     Two ranks, two microbatches::
 

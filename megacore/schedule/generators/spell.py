@@ -61,7 +61,8 @@ def _truncated(table: NDArray[np.int32], num_microbatches: int) -> NDArray[np.in
     table[only_front, 0] = Op.FORWARD
     table[only_back, 0], table[only_back, 1:3] = Op.BACKWARD, table[only_back, 5:7]
     table[only_front | only_back, 5:7] = -1
-    return table[~late | only_back]
+    kept: NDArray[np.int32] = table[~late | only_back]
+    return kept
 
 
 def _count(into: NDArray[np.int32], where: NDArray[np.bool_]) -> None:

@@ -11,8 +11,8 @@ from megacore.schedule.schedule import Instructions
 def zb_v(num_ranks: int, num_microbatches: int, chunks: int) -> tuple[Instructions, ...]:
     """Rank r has chunk 0 on the way down the ranks and chunk 1 on the way back up.
 
-    With F = I = W no rank idles between its first and its last instruction; at most p microbatches of a rank's layers are
-    alive. Both from m = 2p - 1 on; shorter ones are its beginning.
+    With F = I = W no rank idles between its first and its last instruction, and at most p microbatches of a rank's
+    layers are alive. Lists for fewer than 2p - 1 microbatches are those for 2p - 1 without the rest.
 
     One rank (stages 0 and 1), two microbatches::
 
