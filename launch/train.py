@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from megacore.config.load import load
+from megacore.config.pipeline import is_own_schedule
 from megacore.config.resolve import resolve, smallest_world
 from megacore.config.schema import RunConfig
 from megacore.config.validate import check
@@ -23,7 +24,6 @@ from megacore.launch.worker import call
 from megacore.layout.layout import Layout
 from megacore.mesh.rank_info import RankInfo
 from megacore.spec import ModelSpec
-from megacore.train.overview import overview, summary
 
 TARGET = "megacore.train.loop:train"
 
@@ -67,6 +67,7 @@ def requested(args: argparse.Namespace, info: RankInfo | None) -> tuple[RunConfi
 def preview(config: RunConfig, world_size: int) -> str:
     """What `--dry-run` prints: the overview as comments, then the resolved run, which together are a run file."""
     from megacore.data.source import open_sources
+    from megacore.train.overview import overview, summary
 
     t = config.train
     sources = open_sources(config.data, "train", config.model.vocab_size)
@@ -106,13 +107,18 @@ def complete(config: RunConfig, world_size: int) -> RunConfig:
 
     Raises ValueError with everything that is wrong, before any process has started.
     """
-    from megacore.data.run_data import fill_in  # brings numpy, which --help can do without
+    # these bring numpy, which --help can do without
+    from megacore.data.run_data import fill_in
+    from megacore.train.schedule import num_microbatches, plan_schedule
 
     blend = "data.blend is empty: there is nothing to train on; give a data set's prefix, or a list of [weight, prefix]"
     check(config, world_size, () if config.data.blend else (blend,))
     config = fill_in(config)
     check(config, world_size)  # the vocabulary is known now
-    return resolve(config, world_size)
+    config = resolve(config, world_size)
+    if is_own_schedule(config.parallel):
+        plan_schedule(config, num_microbatches(config))
+    return config
 
 
 if __name__ == "__main__":

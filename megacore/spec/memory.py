@@ -4,11 +4,12 @@ They follow from the specs alone (gaps of at most 63 elements per parameter in f
 depend on kernels and schedule and are not counted here yet.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from megacore.config.schema import OptimConfig
-from megacore.spec.model import ModelSpec
+from megacore.spec.params import ParamSpec
 
 ITEM_BYTES = MappingProxyType({"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2})
 
@@ -27,12 +28,14 @@ class StateBytes:
         return self.params + self.grads + self.optimizer
 
 
-def state_bytes(spec: ModelSpec, optim: OptimConfig, dtype: str, tp_rank: int = 0, tp: int = 1) -> StateBytes:
-    """What member ``tp_rank`` of ``tp`` holds of the whole model, everything in ``dtype`` (no ZeRO, no master weights).
+def state_bytes(
+    params: Iterable[ParamSpec], optim: OptimConfig, dtype: str, tp_rank: int = 0, tp: int = 1
+) -> StateBytes:
+    """What member ``tp_rank`` of ``tp`` holds of ``params``, everything in ``dtype`` (no ZeRO, no master weights).
 
     AdamW remembers two moments per parameter; SGD one velocity if it has momentum.
     """
-    numel = sum(param.local_numel(tp_rank, tp) for param in spec.params)
+    numel = sum(param.local_numel(tp_rank, tp) for param in params)
     slots = 2 if optim.name == "adamw" else int(optim.momentum > 0)
     size = numel * ITEM_BYTES[dtype]
     return StateBytes(size, size, slots * size)

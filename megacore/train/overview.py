@@ -12,26 +12,35 @@ from megacore.layout.layout import Layout
 from megacore.monitor.console import human_bytes, human_count
 from megacore.spec import ModelSpec
 from megacore.spec.memory import state_bytes
+from megacore.train.pipeline_overview import Pipeline
 
 if TYPE_CHECKING:
     from megacore.data.source import Source
 
 
 def overview(config: RunConfig, spec: ModelSpec, layout: Layout, device: str, data: str) -> list[str]:
-    """Model, layout, batch and data of a resolved run; ``data`` is `summary`'s, ``device`` cpu, cuda or auto."""
+    """Model, layout, pipeline, batch and data of a resolved run; ``data`` is `summary`'s, ``device`` cpu, cuda or auto.
+
+    State is that of the rank that holds most.
+    """
     m, t = config.model, config.train
     ranks = "1 process" if layout.world == 1 else f"{layout.world} processes"
-    state = state_bytes(spec, config.optim, config.precision.dtype, tp=layout.tp)
+    pipeline = Pipeline.of(config)
+    states = [
+        state_bytes(params, config.optim, config.precision.dtype, tp=layout.tp) for params in pipeline.params(spec)
+    ]
+    state = max(states, key=lambda each: each.total)
     sequence = ", sequence parallel" if config.parallel.sequence_parallel and layout.tp > 1 else ""
     return [
         f"model    {m.family}, {human_count(spec.num_params)} parameters: {m.num_layers} layers, "
         f"hidden {m.hidden_size}, {m.num_heads} heads ({m.num_kv_heads} kv), vocabulary {m.vocab_size}",
         f"layout   {layout.describe()}{sequence}: {ranks} on {device}, {config.precision.dtype}",
+        *pipeline.lines(),
         f"batch    {t.global_batch_size} x {t.seq_len} tokens{ramp(config)}, microbatches of {t.micro_batch_size}; "
         f"{t.steps} steps",
         f"data     {data}",
-        f"state    {human_bytes(state.total)} per rank: parameters {human_bytes(state.params)}, gradients "
-        f"{human_bytes(state.grads)}, optimizer {human_bytes(state.optimizer)}",
+        f"state    {'at most ' if len(states) > 1 else ''}{human_bytes(state.total)} per rank: parameters "
+        f"{human_bytes(state.params)}, gradients {human_bytes(state.grads)}, optimizer {human_bytes(state.optimizer)}",
     ]
 
 

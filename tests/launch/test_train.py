@@ -70,6 +70,26 @@ def test_a_dry_run_needs_no_torch_and_prints_a_run_file(data: str, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_shows_the_pipeline(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline = ("parallel.pp=2", "parallel.schedule=zb-v", "train.micro_batch_size=2")
+    assert run("megacore.launch.train", words(data, tmp_path / "run", *pipeline, "--dry-run")) == 0
+    shown = capsys.readouterr().out
+    assert "# stages   0: embedding + layer 0; 1: layers 1-2; 2: layer 3; 3: head\n" in shown
+    assert "# schedule zb-v: 2 ranks, 4 stages, 8 microbatches; bubble " in shown
+    assert "\nchunks = 2\n" in shown
+
+
+def test_a_wrong_schedule_of_ones_own_is_refused_before_anything_starts(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text("0: F0.0 F0.1 B0.1 B0.0\n1: F1.0 B1.0 F1.1 B1.1", encoding="utf-8")
+    more = ("parallel.pp=2", f"parallel.schedule={path}")
+    assert run("megacore.launch.train", words(data, tmp_path / "run", *more)) == 2
+    assert capsys.readouterr().err.startswith(f"megacore: parallel.schedule={path}: rank 0, position ")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_dry_run_finds_what_is_wrong_with_the_data(
     data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,7 +27,7 @@ def test_state_is_what_ranks_hold(pool: WorkerPool, tp: int, rule: tuple[str, ..
     config = run_config(tp, *overrides)
     spec = ModelSpec.of(config.model)
     for rank, expected in enumerate(pool.run(held, tp, tp, overrides)):
-        state = state_bytes(spec, config.optim, config.precision.dtype, rank, tp)
+        state = state_bytes(spec.params, config.optim, config.precision.dtype, rank, tp)
         assert (state.params, state.grads, state.optimizer) == expected
         assert state.total == sum(expected)
 
@@ -36,7 +36,7 @@ def test_published_example_in_full_precision() -> None:
     """AdamW in fp32 keeps 16 bytes per parameter."""
     config = run_config(1)
     spec = ModelSpec.of(config.model)
-    assert state_bytes(spec, OptimConfig(), "fp32").total == 16 * spec.num_params
+    assert state_bytes(spec.params, OptimConfig(), "fp32").total == 16 * spec.num_params
 
 
 @pytest.mark.parametrize(("number", "text"), [(950, "950 B"), (11_200, "11.2 kB"), (3.4e9, "3.40 GB"), (0, "0 B")])

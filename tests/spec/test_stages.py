@@ -9,7 +9,7 @@ from megacore.config.resolve import resolve, resolve_model
 from megacore.config.schema import ModelConfig
 from megacore.spec import ModelSpec
 from megacore.spec.flops import forward_flops_per_token, unit_flops_per_token
-from megacore.spec.stages import flops_of_stages, layers_of_stages
+from megacore.spec.stages import flops_of_stages, layers_of_stages, params_of_stages
 
 TINY = ModelConfig(num_layers=6, hidden_size=16, num_heads=4, num_kv_heads=2, head_dim=6, vocab_size=37)
 MODELS = (
@@ -37,3 +37,21 @@ def test_a_large_vocabulary_lightens_the_last_stage() -> None:
     assert [len(layers) for layers in layers_of_stages(model, 8192, 4)] == [8, 9, 9, 6]
     assert [len(layers) for layers in layers_of_stages(model, 8192, 8)] == [4, 5, 5, 4, 4, 4, 4, 2]
     assert [len(layers) for layers in layers_of_stages(model, 8192, 4, (8, 8, 8, 8))] == [8, 8, 8, 8]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("home", [(0,), (0, 1), (0, 1, 1, 0), (0, 1, 2, 0, 1, 2), tuple(range(8))])
+def test_ranks_hold_every_parameter_once_but_for_a_tied_copy(model: ModelConfig, home: tuple[int, ...]) -> None:
+    model = resolve_model(model, 12)
+    spec = ModelSpec.of(model)
+    stages = layers_of_stages(model, 12, len(home))
+    held = [[stage for stage, its in enumerate(home) if its == rank] for rank in range(max(home) + 1)]
+    of_ranks = [params_of_stages(spec, stages, stages_held) for stages_held in held]
+    copied = [spec.by_name["embedding.tokens.weight"]] if model.tie_embeddings and home[0] != home[-1] else []
+    assert sorted(p.name for params in of_ranks for p in params) == sorted(p.name for p in [*spec.params, *copied])
+    for params, of_rank in zip(of_ranks, held):
+        names = [param.name for param in params]
+        assert len(set(names)) == len(names)
+        assert ("embedding.tokens.weight" in names) == (0 in of_rank or bool(copied) and len(home) - 1 in of_rank)
+        blocks = {int(name.split(".")[1]) for name in names if name.startswith("layers.")}
+        assert blocks == {layer for stage in of_rank for layer in stages[stage]}

@@ -1,0 +1,67 @@
+"""The lines that say how a pipeline is cut and scheduled."""
+
+import pytest
+
+from megacore.config.load import load
+from megacore.config.resolve import resolve
+from megacore.config.validate import check
+from megacore.layout import Layout
+from megacore.spec import ModelSpec
+from megacore.train.overview import overview
+from megacore.train.pipeline_overview import activations_line, stages_line
+
+# blocks of equal cost, and next to nothing around them
+SHAPE = ("model.num_layers=8", "model.hidden_size=64", "model.num_heads=4", "model.vocab_size=3", "train.seq_len=8")
+
+
+def lines_of(ranks: int, *overrides: str) -> dict[str, str]:
+    """The overview by its lines' first words."""
+    config = load(None, [*SHAPE, "train.micro_batch_size=1", *overrides])
+    check(config, ranks)
+    config = resolve(config, ranks)
+    spec, layout = ModelSpec.of(config.model), Layout.of(config.parallel, ranks)
+    return dict(line.split(maxsplit=1) for line in overview(config, spec, layout, "cpu", "some data"))
+
+
+def test_one_stage_needs_no_words() -> None:
+    assert list(lines_of(1)) == ["model", "layout", "batch", "data", "state"]
+
+
+def test_a_pipeline_is_described() -> None:
+    lines = lines_of(4, "parallel.pp=4", "train.global_batch_size=8")
+    assert list(lines) == ["model", "layout", "stages", "schedule", "batch", "data", "state"]
+    assert lines["stages"] == "0: embedding + layers 0-1; 1: layers 2-3; 2: layers 4-5; 3: layers 6-7 + head"
+    # (p - 1) / (m + p - 1) = 3 / 11, but for the head
+    assert lines["schedule"].startswith("1f1b: 4 stages, 8 microbatches; bubble 27.3% (simulated); ")
+    assert lines["schedule"].endswith("; activations of up to 4, 3, 2, 1 microbatches on the ranks")
+
+
+def test_an_uneven_split_costs_time_and_state() -> None:
+    even = lines_of(2, "parallel.pp=2", "train.global_batch_size=4")
+    uneven = lines_of(2, "parallel.pp=2", "train.global_batch_size=4", "parallel.stage_layers=2,6")
+    assert uneven["stages"] == "0: embedding + layers 0-1; 1: layers 2-7 + head"
+    # stages of 2 and 6 layers: 4 * 18 + 6 from end to end, of 2 ranks of which the two work 4 * 24
+    assert "bubble 38.5% (simulated)" in uneven["schedule"] and "bubble 20.0% (simulated)" in even["schedule"]
+    # a block: 4 * 64^2 + 3 * 64 * 192 + 2 * 64 parameters of 16 bytes; the head: 4 * 64
+    assert even["state"].startswith("at most 3.42 MB") and uneven["state"].startswith("at most 5.13 MB")
+
+
+def test_folded_ranks_hold_both_ends() -> None:
+    lines = lines_of(2, "parallel.pp=2", "parallel.schedule=zb-v", "train.global_batch_size=8")
+    assert lines["stages"] == "0: embedding + layers 0-1; 1: layers 2-3; 2: layers 4-5; 3: layers 6-7 + head"
+    assert lines["schedule"].startswith("zb-v: 2 ranks, 4 stages, 8 microbatches; bubble ")
+    assert lines["schedule"].endswith("activations of up to 2 microbatches on each rank")
+
+
+def test_long_lists_are_shortened() -> None:
+    stages = [range(0), *(range(i, i + 1) for i in range(20)), range(20, 23)]
+    assert stages_line(stages) == "0: embedding; 1-20: 1 layer each; 21: layers 20-22 + head"
+    assert activations_line([16.0 - rank for rank in range(16)]) == "activations of up to 16 microbatches, on rank 0"
+    assert activations_line([4 + 1 / 3, 4.0]) == "activations of up to 4.33, 4 microbatches on the ranks"
+    assert activations_line([1.0, 1.0]) == "activations of up to 1 microbatch on each rank"
+
+
+@pytest.mark.parametrize("kind", ["gpipe", "interleaved", "zb-h1", "zb-h2", "dualpipe-v"])
+def test_every_kind_can_be_described(kind: str) -> None:
+    lines = lines_of(2, "parallel.pp=2", f"parallel.schedule={kind}", "train.global_batch_size=3")
+    assert lines["schedule"].startswith(f"{kind}: 2 ")
