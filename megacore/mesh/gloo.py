@@ -25,19 +25,22 @@ With messages alone (send and recv for everything) small tensors between 2 ranks
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 
 import torch
 from torch import Tensor, distributed
 from torch.distributed import Work
 
-from megacore.mesh.group import Group, Pending
+from megacore.mesh.group import Group, Message, Pending
 
 # Up to here an all-reduce sends the whole tensor to all and each rank sums for itself: one message delay, not two.
 SMALL_BYTES = 1 << 18
 # Up to here an all-gather repeats its input for all_to_all_single: on busy cores faster than messages up to 2 MiB;
 # at 16 MiB messages were. The switch lies between and was not tuned.
 REPEAT_BYTES = 1 << 22
+# Messages between stages have tags above those of collectives (`Group.next_tag`), which may use the same handle.
+MESSAGE_TAGS = 1 << 30
 REDUCE = MappingProxyType({"sum": distributed.ReduceOp.SUM, "max": distributed.ReduceOp.MAX})
 COMBINE: Mapping[str, Callable[..., Tensor]] = MappingProxyType({"sum": torch.add, "max": torch.maximum})
 
@@ -109,6 +112,20 @@ def all_to_all(x: Tensor, group: Group, send_sizes: Sequence[int], receive_sizes
 def broadcast(x: Tensor, group: Group, source: int) -> None:
     """Contiguous x of the group's rank `source` to all, in place."""
     distributed.broadcast(x, group=group.handle, group_src=source)
+
+
+def exchange(sends: Sequence[Message], receives: Sequence[Message], group: Group) -> list[Pending]:
+    """Posts messages; receives first, so that what is on its way already finds its place."""
+    assert group.handle is not None
+    arriving = [group.handle.recv([m.tensor], m.peer, MESSAGE_TAGS + m.tag) for m in receives]
+    leaving = [group.handle.send([m.tensor], m.peer, MESSAGE_TAGS + m.tag) for m in sends]
+    return [
+        after(work, partial(_same, m.tensor)) for work, m in zip(leaving + arriving, (*sends, *receives), strict=True)
+    ]
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def swap(x: Tensor, sends: Sequence[int], receives: Sequence[int], group: Group) -> tuple[Tensor, Work]:

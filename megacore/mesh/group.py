@@ -79,6 +79,14 @@ class Group:
             self.log.append(CommRecord(self.axis, operation, num_elements, dtype))
 
 
+class Message(NamedTuple):
+    """One end of a message: a contiguous tensor, to be sent to rank ``peer`` of the group or filled from there."""
+
+    tensor: Tensor
+    peer: int
+    tag: int
+
+
 class Pending:
     """A collective under way. Until `wait` returns, its inputs must be neither written nor freed."""
 

@@ -5,13 +5,14 @@ algorithm (NCCL_ALGO, NCCL_PROTO) and topology stay, is expected of NCCL and rem
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import MappingProxyType
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed import ReduceOp
+from torch.distributed import P2POp, ReduceOp
 
-from megacore.mesh.group import Group, Pending
+from megacore.mesh.group import Group, Message, Pending
 
 OPS = MappingProxyType({"sum": ReduceOp.SUM, "max": ReduceOp.MAX})
 # torch 2.13 renamed these two; older releases know only the second names.
@@ -64,6 +65,21 @@ def all_to_all(x: Tensor, group: Group, send_sizes: Sequence[int], receive_sizes
 def broadcast(x: Tensor, group: Group, source: int) -> None:
     """Contiguous x of the group's rank `source` to all, in place."""
     distributed.broadcast(x, group=group.handle, group_src=source)
+
+
+def exchange(sends: Sequence[Message], receives: Sequence[Message], group: Group) -> list[Pending]:
+    """Posts messages as one group of NCCL calls."""
+    calls = [P2POp(distributed.isend, m.tensor, group=group.handle, tag=m.tag, group_peer=m.peer) for m in sends]
+    calls += [P2POp(distributed.irecv, m.tensor, group=group.handle, tag=m.tag, group_peer=m.peer) for m in receives]
+    works = distributed.batch_isend_irecv(calls)
+    if len(works) == 1:  # coalesced: one work stands for all
+        works = works * len(calls)
+    tensors = [m.tensor for m in (*sends, *receives)]
+    return [_pending(work, partial(_same, tensor)) for work, tensor in zip(works, tensors, strict=True)]
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _pending(work: distributed.Work | None, result: Callable[[], Tensor]) -> Pending:

@@ -66,6 +66,14 @@ class Embedding(nn.Module):
         return x_th
 
 
+class TiedTable(nn.Module):
+    """The embedding's matrix where it only serves as the output matrix, under its global name."""
+
+    def __init__(self, tokens: VocabParallelEmbedding) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+
 class Stage(nn.Module):
     """Layers ``layers`` of the model, with the embedding if ``first`` and the head if ``last``.
 
@@ -73,6 +81,8 @@ class Stage(nn.Module):
     A tied output matrix is the embedding's; where the last stage is not the first, it is that of ``tied_to`` (the first
     stage, on the same rank) or a copy of its own. ``recompute``: see ``model/recompute.py``.
     """
+
+    embedding: Embedding | TiedTable
 
     def __init__(
         self,
@@ -103,7 +113,7 @@ class Stage(nn.Module):
             if model.tie_embeddings and not first:
                 below = make.below("embedding").below("tokens")
                 table = tied_to.embedding.tokens if tied_to is not None else VocabParallelEmbedding(below, self.vocab.piece, tp)
-                self.embedding = nn.ModuleDict({"tokens": table})
+                self.embedding = TiedTable(table)
 
     def forward(self, inputs: Inputs, x_th: Tensor | None = None, logits: bool = False) -> Tensor | Loss:
         """x [t, h] for the next stage; on the last one the loss or, if asked for, this rank's ``logits`` [t, v].

@@ -1,6 +1,6 @@
 """The global gradient norm: each parameter once, whatever ranks hold copies of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,16 +15,19 @@ class GlobalNorm:
     """The norm of all gradients of the model.
 
     Squares are formed per parameter, placed by global order, summed over the ranks of one model copy and then added
-    in that order, so pipelines do not change a bit of it.
+    in that order, so pipelines do not change a bit of it. ``copies`` are parameters here that another pipeline rank
+    counts (a tied output matrix).
     """
 
-    def __init__(self, grads: FlatBuffer, params: Sequence[ParamSpec], mesh: ParallelMesh) -> None:
+    def __init__(
+        self, grads: FlatBuffer, params: Sequence[ParamSpec], mesh: ParallelMesh, copies: Collection[str] = ()
+    ) -> None:
         self.mesh, self.num_params = mesh, len(params)
         self.owned: list[Tensor] = []
         places: list[int] = []
         views: Mapping[str, Tensor] = grads.views()
         for place, spec in enumerate(params):
-            if spec.name not in views:
+            if spec.name not in views or spec.name in copies:
                 continue
             for piece in spec.pieces(mesh.tp.rank, mesh.tp.size):
                 if piece.copy == 0:

@@ -28,7 +28,8 @@ class WeightGradients:
     @contextmanager
     def put_off(self) -> Iterator[list[Work]]:
         """Within, nothing is added; the list that is given holds what is to be called later, in order."""
-        self._kept = kept = []
+        kept: list[Work] = []
+        self._kept = kept
         try:
             yield kept
         finally:
@@ -52,11 +53,13 @@ class WeightGradients:
             return weight.new_zeros(weight.shape).index_add_(0, index_t, grad_th)
         return self._add(partial(weight.grad.index_add_, 0, index_t, grad_th))
 
-    def _add(self, work: Work) -> None:
+    def _add(self, work: Work) -> Tensor | None:
+        """None: what autograd is to be told of the gradient."""
         if self._kept is None:
             work()
         else:
             self._kept.append(work)
+        return None
 
 
 def _add_sum(into: Tensor, grad_to: Tensor) -> None:

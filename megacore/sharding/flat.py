@@ -1,5 +1,6 @@
-"""One contiguous buffer for a stage's parameters and one for its gradients; the module's tensors are views of them."""
+"""One contiguous buffer for a rank's parameters and one for their gradients; the modules' tensors are views of them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -28,16 +29,21 @@ class FlatBuffer:
 
 @dataclass(frozen=True)
 class FlatParameters:
-    """A stage's parameters and their gradients."""
+    """A rank's parameters and their gradients, stage after stage."""
 
     params: FlatBuffer
     grads: FlatBuffer
 
     @classmethod
     @torch.no_grad()
-    def adopt(cls, module: nn.Module) -> "FlatParameters":
-        """Move a module's parameters into flat buffers and give each its gradient's view, where backward adds to it."""
-        named = dict(module.named_parameters())
+    def adopt(cls, modules: Iterable[nn.Module]) -> "FlatParameters":
+        """Move the modules' parameters into flat buffers and give each its gradient's view, where backward adds to it.
+
+        A parameter that two modules share lies where the first of them has it.
+        """
+        named: dict[str, nn.Parameter] = {}
+        for module in modules:
+            named.update(module.named_parameters())
         layout = BufferLayout.of((name, param.shape) for name, param in named.items())
         first = next(iter(named.values()))
         params = FlatBuffer.zeros(layout, first.dtype, first.device)

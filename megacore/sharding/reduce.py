@@ -5,12 +5,14 @@ copies of a kv head; over the data-parallel ranks for everything. Small tensors 
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megacore.layout.buffer import buckets
 from megacore.mesh.collectives import all_reduce, all_reduce_start
-from megacore.mesh.group import Group
+from megacore.mesh.group import Group, Pending
 from megacore.mesh.mesh import ParallelMesh
 from megacore.sharding.flat import FlatBuffer
 from megacore.spec import ParamSpec
@@ -19,23 +21,51 @@ BUCKET_BYTES = 1 << 25
 
 
 class GradientReducer:
-    """The sums of one stage's gradient buffer over ``mesh``."""
+    """The sums of gradients over ``mesh``, for each of a rank's stages by itself.
 
-    def __init__(self, grads: FlatBuffer, specs: Mapping[str, ParamSpec], mesh: ParallelMesh) -> None:
-        self.grads, self.mesh = grads, mesh
-        views = grads.views()
-        self.partial = [view for name, view in views.items() if "tp" in specs[name].partial]
-        self.copied = [view for name, view in views.items() for view in copied_pieces(view, specs[name], mesh.tp)]
-        self.buckets = grads.layout.buckets(BUCKET_BYTES // grads.data.element_size())
+    ``stages`` gives the parameters of every stage, in the order of the buffer; one that two stages share belongs to the
+    first, whose backward ends last.
+    """
 
-    def __call__(self) -> None:
+    def __init__(
+        self, grads: FlatBuffer, specs: Mapping[str, ParamSpec], mesh: ParallelMesh, stages: Mapping[int, Iterable[str]]
+    ) -> None:
+        self.mesh = mesh
+        self.pending: list[Pending] = []
+        self.stages: dict[int, _StageGradients] = {}
+        views, slots = grads.views(), {slot.name: slot for slot in grads.layout.slots}
+        for stage, names in stages.items():
+            own = [slots.pop(name) for name in names if name in slots]
+            held = {slot.name: views[slot.name] for slot in own}
+            self.stages[stage] = _StageGradients(
+                partial=[view for name, view in held.items() if "tp" in specs[name].partial],
+                copied=[piece for name, view in held.items() for piece in copied_pieces(view, specs[name], mesh.tp)],
+                buckets=[
+                    grads.data[start:end] for start, end in buckets(own, BUCKET_BYTES // grads.data.element_size())
+                ],
+            )
+
+    def start(self, stage: int) -> None:
+        """Begin to sum a stage's gradients, which its backward is done with."""
+        own = self.stages[stage]
+        _sum_together(own.partial, self.mesh.tp)
+        _sum_together(own.copied, self.mesh.kv)
+        self.pending += [all_reduce_start(bucket, self.mesh.dp_cp) for bucket in own.buckets]
+
+    def finish(self) -> None:
         """Leaves every rank with the whole gradient of what it holds."""
-        _sum_together(self.partial, self.mesh.tp)
-        _sum_together(self.copied, self.mesh.kv)
-        data = self.grads.data
-        pending = [all_reduce_start(data[start:end], self.mesh.dp_cp) for start, end in self.buckets]
-        for bucket in pending:
+        for bucket in self.pending:
             bucket.wait()
+        self.pending.clear()
+
+
+@dataclass(frozen=True)
+class _StageGradients:
+    """What is summed over tp, over copies of kv heads, and over data-parallel ranks."""
+
+    partial: list[Tensor]
+    copied: list[Tensor]
+    buckets: list[Tensor]
 
 
 def copied_pieces(view: Tensor, spec: ParamSpec, tp: Group) -> Iterable[Tensor]:

@@ -1,19 +1,21 @@
 """Builds a run from its description: the only place that knows every room."""
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from megacore.config.schema import ModelConfig, RunConfig
 from megacore.config.write import config_hash
-from megacore.kernels.table import Choice, resolve
+from megacore.kernels.table import Choice, Kernels, resolve
 from megacore.layout import Layout
 from megacore.mesh import process_group
 from megacore.mesh.group import CommLog
 from megacore.mesh.mesh import ParallelMesh
 from megacore.mesh.rank_info import RankInfo
-from megacore.model.stage import Objective, Stage
+from megacore.model.stage import TIED, Objective, Stage
 from megacore.monitor.console import Phases
 from megacore.optim.adamw import AdamW
 from megacore.optim.groups import Optimizer
@@ -24,6 +26,8 @@ from megacore.parallel.tensor import TensorParallel
 from megacore.sharding.flat import FlatParameters
 from megacore.sharding.reduce import GradientReducer
 from megacore.spec import ModelSpec, ParamSpec
+from megacore.spec.stages import layers_of_stages
+from megacore.train.schedule import plan_schedule
 from megacore.train.step import Trainer
 
 DTYPES = (("fp64", torch.float64), ("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16))
@@ -36,7 +40,8 @@ class Built:
     config: RunConfig
     spec: ModelSpec
     mesh: ParallelMesh
-    stage: Stage
+    stages: Mapping[int, Stage]
+    """The stages of this rank by their global number."""
     flat: FlatParameters
     trainer: Trainer
     kernels: tuple[Choice, ...]
@@ -68,27 +73,56 @@ def build(
         mesh = ParallelMesh.build(layout, info.rank, device, kv_replicas, log)
     dtype = dict(DTYPES)[config.precision.dtype]
     kernels, choices = resolve(device, dtype)
+    plan = partial(plan_schedule, config)
+    home = plan(config.train.global_batch_size // (config.train.micro_batch_size * layout.dp)).home
     with phases.time("model"):
         parallel = config.parallel
         tp = TensorParallel(mesh.tp, parallel.sequence_parallel, parallel.regather_inputs, kernels.linear)
         spec = ModelSpec.of(config.model, tp.sequence)
         make = ParameterMaker(spec.by_name, mesh.tp, device, dtype, config.train.seed)
-        objective = Objective(config.train.label_smoothing, config.train.z_loss)
-        stage = Stage(config.model, make, tp, kernels, objective, range(config.model.num_layers))
+        stages = make_stages(config, make, tp, kernels, [rank == mesh.pp.rank for rank in home])
     with phases.time("buffers"):
-        flat = FlatParameters.adopt(stage)
+        flat = FlatParameters.adopt(stages.values())
+        names = {number: [name for name, _ in stage.named_parameters()] for number, stage in stages.items()}
         trainer = Trainer(
-            stage,
+            spec,
+            stages,
+            home,
+            plan,
             flat,
             mesh,
-            GradientReducer(flat.grads, spec.by_name, mesh),
-            GlobalNorm(flat.grads, spec.params, mesh),
+            tp.wgrad,
+            GradientReducer(flat.grads, spec.by_name, mesh, names),
+            GlobalNorm(flat.grads, spec.params, mesh, () if 0 in stages else (TIED,)),
             make_optimizer(config, flat, spec.by_name),
-            config.parallel.schedule,
             config.optim.clip_grad,
         )
     used = operations_of(config.model)
-    return Built(config, spec, mesh, stage, flat, trainer, tuple(c for c in choices if c.operation in used))
+    return Built(config, spec, mesh, stages, flat, trainer, tuple(c for c in choices if c.operation in used))
+
+
+def make_stages(
+    config: RunConfig, make: ParameterMaker, tp: TensorParallel, kernels: Kernels, mine: Sequence[bool]
+) -> dict[int, Stage]:
+    """The stages that are this rank's own, by their global number."""
+    layers = layers_of_stages(config.model, config.train.seq_len, len(mine), config.parallel.stage_layers)
+    objective = Objective(config.train.label_smoothing, config.train.z_loss)
+    stages: dict[int, Stage] = {}
+    for number, own in enumerate(layers):
+        if mine[number]:
+            stages[number] = Stage(
+                config.model,
+                make,
+                tp,
+                kernels,
+                objective,
+                own,
+                first=number == 0,
+                last=number == len(mine) - 1,
+                tied_to=stages.get(0),
+                recompute=config.parallel.recompute,
+            )
+    return stages
 
 
 def operations_of(model: ModelConfig) -> frozenset[str]:

@@ -11,9 +11,9 @@ from megacore.mesh import process_group
 from megacore.mesh.rank_info import RankInfo
 from megacore.monitor.console import Phases
 from megacore.optim.learning_rate import learning_rate
+from megacore.pipeline.clock import Mark
 from megacore.train.build import Built, build, join
 from megacore.train.data import RunData, open_data
-from megacore.train.meter import Mark
 from megacore.train.reporter import Reporter
 from megacore.train.step import StepResult
 
@@ -112,7 +112,7 @@ class Loop:
         assert tokenizer is not None, "a run that samples without a tokenizer is refused before it starts"
         for prompt in log.sample_prompts:
             tokens = continue_tokens(
-                self.built.stage,
+                self.built.trainer,
                 tokenizer.encode(prompt),
                 log.sample_tokens,
                 self.config.train.seq_len,

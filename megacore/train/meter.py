@@ -5,12 +5,13 @@ Adding a step never waits for the device; reading does.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from megacore.pipeline.clock import Mark
 
 if TYPE_CHECKING:
     from megacore.train.loop import Late
@@ -18,23 +19,6 @@ if TYPE_CHECKING:
 
 MAX_MARKS = 100
 """Steps whose times are kept unread: the device is done with the oldest by then, and long gaps take no memory."""
-
-
-class Mark:
-    """A point in the device's work. The CPU works at once; CUDA later, so there it is an event among the work."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
-        if self.event is not None:
-            self.event.record(torch.cuda.current_stream(device))
-        self.time = time.perf_counter()
-
-    def seconds_since(self, earlier: Mark) -> float:
-        """How long the device took from ``earlier`` to here, once it has come here."""
-        if self.event is None or earlier.event is None:
-            return self.time - earlier.time
-        self.event.synchronize()
-        return earlier.event.elapsed_time(self.event) / 1000
 
 
 @dataclass(frozen=True)

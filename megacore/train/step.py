@@ -1,6 +1,6 @@
 """One optimizer step and one evaluation: what happens around the schedule's instructions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,17 +8,25 @@ from torch import Tensor
 
 from megacore.mesh.collectives import all_reduce
 from megacore.mesh.mesh import ParallelMesh
+from megacore.mesh.messages import swap
 from megacore.model.inputs import Inputs
-from megacore.model.stage import Stage
+from megacore.model.stage import TIED, Stage
 from megacore.optim.groups import Optimizer
 from megacore.optim.norm import GlobalNorm
-from megacore.pipeline.engine import PipelineEngine, Sums
-from megacore.schedule.generators.single import forward_only, one_stage
+from megacore.parallel.wgrad import WeightGradients
+from megacore.pipeline.clock import Mark
+from megacore.pipeline.engine import Actions, PipelineEngine, Step, Sums, compile_list
+from megacore.schedule.generators.generate import forward_only
+from megacore.schedule.lower import lower
+from megacore.schedule.schedule import Schedule
 from megacore.sharding.flat import FlatParameters
 from megacore.sharding.reduce import GradientReducer
+from megacore.spec import ModelSpec
 
 CLIP_EPS = 1e-6
 """Added to the norm before dividing, as torch's clip_grad_norm_ does."""
+TIED_TAG = 1 << 29
+"""The name of the message with tied weights' gradients: above those of activations."""
 
 
 @dataclass(frozen=True)
@@ -40,35 +48,80 @@ class Trainer:
 
     def __init__(
         self,
-        stage: Stage,
+        spec: ModelSpec,
+        stages: Mapping[int, Stage],
+        home: Sequence[int],
+        plan: Callable[[int], Schedule],
         flat: FlatParameters,
         mesh: ParallelMesh,
+        wgrad: WeightGradients,
         reducer: GradientReducer,
         norm: GlobalNorm,
         optimizer: Optimizer,
-        schedule: str,
         clip_grad: float,
     ) -> None:
-        self.stage, self.flat, self.mesh, self.norm, self.optimizer = stage, flat, mesh, norm, optimizer
-        self.schedule, self.clip_grad = schedule, clip_grad
-        self.engine = PipelineEngine({0: stage}, mesh.device, lambda _: reducer(), self._optimize)
+        """``home`` is the pipeline rank of every stage, ``plan`` gives the schedule of so many microbatches."""
+        self.spec, self.home, self.flat, self.mesh, self.norm, self.optimizer = (
+            spec,
+            tuple(home),
+            flat,
+            mesh,
+            norm,
+            optimizer,
+        )
+        self.plan, self.reducer, self.clip_grad = plan, reducer, clip_grad
+        actions = Actions(reducer.start, self._sum_tied, self._optimize)
+        self.engine = PipelineEngine(stages, len(self.home), mesh.pp, wgrad, mesh.device, actions)
+        self._training: dict[int, list[Step]] = {}
+        self._forward: dict[int, list[Step]] = {}
 
-    def step(self, microbatches: Sequence[Inputs], num_nominal: int, lr: float) -> StepResult:
-        """Train on this rank's part of a batch of ``num_nominal`` tokens in all."""
+    def step(
+        self,
+        microbatches: Sequence[Inputs],
+        num_nominal: int,
+        lr: float,
+        marks: list[tuple[Mark, Mark]] | None = None,
+    ) -> StepResult:
+        """Train on this rank's part of a batch of ``num_nominal`` tokens in all; ``marks`` as the engine takes them."""
         self.num_nominal, self.lr = num_nominal, lr
         self.flat.grads.data.zero_()
-        instructions = one_stage(self.schedule, len(microbatches)).ranks[self.mesh.pp.rank]
-        self.engine.run(instructions, microbatches, 1.0 / num_nominal)
+        steps = self._compiled(self._training, self.plan, len(microbatches))
+        self.engine.run(steps, microbatches, 1.0 / num_nominal, marks=marks)
         return self.result
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Inputs]) -> Tensor:
         """[sum of cross-entropy, number of targets] of this rank's and all other ranks' part, float64 on the device."""
-        instructions = forward_only(len(microbatches)).ranks[self.mesh.pp.rank]
-        return self._total(self.engine.run(instructions, microbatches))
+        return self._total(self.engine.run(self._forward_steps(len(microbatches)), microbatches))
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output matrix, over all ranks."""
+        return self.spec.config.vocab_size
+
+    @torch.no_grad()
+    def logits(self, inputs: Inputs) -> Tensor | None:
+        """This rank's part of the vocabulary [t, v] on ranks that hold the last stage, None on the others."""
+        self.engine.run(self._forward_steps(1), [inputs], logits=True)
+        return self.engine.logits
+
+    def _forward_steps(self, num_microbatches: int) -> list[Step]:
+        return self._compiled(self._forward, lambda n: lower(forward_only(self.home, n)), num_microbatches)
+
+    def _compiled(self, known: dict[int, list[Step]], plan: Callable[[int], Schedule], number: int) -> list[Step]:
+        if number not in known:
+            known[number] = compile_list(plan(number).ranks[self.mesh.pp.rank])
+        return known[number]
+
+    def _sum_tied(self, stage: int, peer: int) -> None:
+        """Both copies of a tied matrix get the sum of their gradients, over dp already summed."""
+        self.reducer.finish()
+        view = self.flat.grads.views()[TIED]
+        view.add_(swap(view, peer, TIED_TAG, self.mesh.pp))
 
     @torch.no_grad()
     def _optimize(self, sums: Sums) -> None:
+        self.reducer.finish()
         cross_entropy, num_targets = self._total(sums)
         to_mean = self.num_nominal / num_targets
         norm = self.norm() * to_mean
@@ -81,4 +134,5 @@ class Trainer:
         self.result = StepResult(cross_entropy / num_targets, norm, skip)
 
     def _total(self, sums: Sums) -> Tensor:
-        return all_reduce(torch.stack((sums.cross_entropy, sums.num_targets)), self.mesh.dp_cp)
+        total = all_reduce(torch.stack((sums.cross_entropy, sums.num_targets)), self.mesh.dp_cp)
+        return all_reduce(total, self.mesh.pp)  # the ranks without the last stage add zeros

@@ -97,6 +97,7 @@ def parts(built: Built, which: str) -> list[Part]:
             views[spec.name].narrow(spec.dim, piece.local, piece.size).clone(),
         )
         for spec in built.spec.params
+        if spec.name in views
         for piece in spec.pieces(tp.rank, tp.size)
     ]
 

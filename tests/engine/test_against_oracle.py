@@ -53,7 +53,7 @@ def test_gradients_are_those_of_an_independent_model(name: str) -> None:
     config = run_config(1, "optim.clip_grad=0", *FEATURES[name])
     built = built_rank(0, 1, config)
     weights = random_weights(config.model)
-    for name_of, parameter in built.stage.named_parameters():
+    for name_of, parameter in built.stages[0].named_parameters():
         parameter.data.copy_(weights[name_of])
     loss, norm = step_of(built, step=1)
     oracle, whole, t = PlainDecoder(config.model, weights), batch_of(config, 1), config.train
@@ -71,6 +71,6 @@ def test_evaluation_reports_the_plain_cross_entropy() -> None:
     config = run_config(1, "train.label_smoothing=0.2", "train.z_loss=0.1", "model.dropout=0.5")
     built, whole = built_rank(0, 1, config), batch_of(config, 1)
     total, count = built.trainer.evaluate([replace(whole, training=False)]).tolist()
-    weights = {name: parameter.detach() for name, parameter in built.stage.named_parameters()}
+    weights = {name: parameter.detach() for name, parameter in built.stages[0].named_parameters()}
     plain = replace(config.model, dropout=0.0)
     assert total / count == pytest.approx(PlainDecoder(plain, weights).loss(whole.token_bs, whole.label_bs).item())

@@ -39,7 +39,7 @@ def rate(step: int) -> float:
 
 def train(optimizer: Callable[..., Optimizer], optim: OptimConfig) -> nn.ParameterDict:
     module = module_of()
-    flat = FlatParameters.adopt(module)
+    flat = FlatParameters.adopt([module])
     rule = optimizer(flat, SPECS, optim)
     for step in range(1, STEPS + 1):
         for name, grad in gradients(step).items():
@@ -106,7 +106,7 @@ def state_of(rule: AdamW | SGD) -> dict[str, Tensor]:
 def test_a_skipped_step_changes_not_a_bit(
     make: type[AdamW] | type[SGD], optim: OptimConfig, poison: float, dtype: torch.dtype
 ) -> None:
-    flat = FlatParameters.adopt(module_of(dtype))
+    flat = FlatParameters.adopt([module_of(dtype)])
     rule = make(flat, SPECS, optim)
     flat.grads.data.normal_()
     rule.step(1e-2, NO_SKIP)
@@ -126,7 +126,7 @@ def test_skipped_steps_do_not_age_the_bias_correction() -> None:
     """A step after a skipped one is the step that would have come instead."""
     results = []
     for skips in (0, 3):
-        flat = FlatParameters.adopt(module_of())
+        flat = FlatParameters.adopt([module_of()])
         rule = AdamW(flat, SPECS, OptimConfig())
         flat.grads.data.fill_(0.5)
         for _ in range(skips):
@@ -139,7 +139,7 @@ def test_skipped_steps_do_not_age_the_bias_correction() -> None:
 
 @pytest.mark.parametrize("make", [AdamW, SGD])
 def test_gaps_between_slots_stay_zero(make: type[AdamW] | type[SGD]) -> None:
-    flat = FlatParameters.adopt(module_of())
+    flat = FlatParameters.adopt([module_of()])
     rule = make(flat, SPECS, OptimConfig())
     for view in flat.grads.views().values():
         view.fill_(1.0)
@@ -150,7 +150,7 @@ def test_gaps_between_slots_stay_zero(make: type[AdamW] | type[SGD]) -> None:
 
 
 def test_groups_leave_out_what_is_empty() -> None:
-    flat = FlatParameters.adopt(module_of())
+    flat = FlatParameters.adopt([module_of()])
     groups = {group.weight_decay: set(group.names) for group in decay_groups(flat, SPECS, 0.1)}
     assert groups == {0.1: {"matrix", "out"}, 0.0: {"embedding", "bias", "norm"}}
     (only,) = decay_groups(flat, SPECS, 0.0)

@@ -13,7 +13,7 @@ def module() -> nn.Module:
 
 def test_a_module_moves_in_unchanged() -> None:
     ours, theirs = module(), module()
-    flat = FlatParameters.adopt(ours)
+    flat = FlatParameters.adopt([ours])
     for (name, param), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert torch.equal(param, other)
         assert param.data_ptr() == flat.params.views()[name].data_ptr()
@@ -24,7 +24,7 @@ def test_a_module_moves_in_unchanged() -> None:
 
 def test_backward_adds_into_the_buffer() -> None:
     ours, theirs = module(), module()
-    flat = FlatParameters.adopt(ours)
+    flat = FlatParameters.adopt([ours])
     for microbatch in torch.randn(3, 4, 5, dtype=torch.float64):
         ours(microbatch).square().sum().backward()
         theirs(microbatch).square().sum().backward()
@@ -35,14 +35,23 @@ def test_backward_adds_into_the_buffer() -> None:
 
 def test_writing_the_buffer_changes_the_module() -> None:
     ours = module()
-    flat = FlatParameters.adopt(ours)
+    flat = FlatParameters.adopt([ours])
     flat.params.data.mul_(0)
     assert not ours(torch.randn(2, 5, dtype=torch.float64)).any()
 
 
 def test_gaps_are_zero_and_views_leave_them_alone() -> None:
-    flat = FlatParameters.adopt(module())
+    flat = FlatParameters.adopt([module()])
     for view in (*flat.params.views().values(), *flat.grads.views().values()):
         view.zero_()
     assert not flat.params.data.any()
     assert not flat.grads.data.any()
+
+
+def test_modules_lie_behind_each_other_and_what_they_share_lies_once() -> None:
+    first, second = module(), module()
+    both = nn.ModuleDict({"a": first}), nn.ModuleDict({"b": second, "a": first})
+    flat = FlatParameters.adopt(both)
+    names = [name for name, _ in both[0].named_parameters()] + [f"b.{name}" for name, _ in second.named_parameters()]
+    assert [slot.name for slot in flat.params.layout.slots] == names
+    assert next(first.parameters()).data_ptr() == flat.params.data.data_ptr()

@@ -59,23 +59,27 @@ def expected(spec: ParamSpec, place: int, layout: Layout, rank: int) -> Tensor:
     return whole.index_select(spec.dim, rows_of(spec, at["tp"], tp))
 
 
-def reduce_on_rank(rank: int, layout: Layout, sequence: bool, bucket_bytes: int) -> int:
+def reduce_on_rank(rank: int, layout: Layout, sequence: bool, bucket_bytes: int, two_stages: bool = False) -> int:
     mesh = ParallelMesh.build(layout, rank, CPU, max(1, layout.tp // MODEL.num_kv_heads))
     params = ModelSpec.of(MODEL, sequence).params
     shapes = [(spec.name, spec.local_shape(mesh.tp.rank, mesh.tp.size)) for spec in params]
     grads = FlatBuffer.zeros(BufferLayout.of(shapes), torch.float64, CPU)
     for place, (name, shape) in enumerate(shapes):
         grads.views()[name].copy_(part_of(rank, place, shape))
+    names = [name for name, _ in shapes]
+    cut = {0: names[:5], 3: names[5:]} if two_stages else {0: names}
     with mock.patch.object(reduce, "BUCKET_BYTES", bucket_bytes):
-        reducer = reduce.GradientReducer(grads, {spec.name: spec for spec in params}, mesh)
-    reducer()
+        reducer = reduce.GradientReducer(grads, {spec.name: spec for spec in params}, mesh, cut)
+    for stage in reversed(cut):
+        reducer.start(stage)
+    reducer.finish()
     for place, spec in enumerate(params):
         want = expected(spec, place, layout, rank)
         torch.testing.assert_close(grads.views()[spec.name], want, rtol=1e-13, atol=1e-13, msg=spec.name)
     for view in grads.views().values():
         view.zero_()
     assert not grads.data.any()  # the gaps
-    return len(reducer.buckets)
+    return sum(len(stage.buckets) for stage in reducer.stages.values())
 
 
 @pytest.mark.parametrize("sequence", [False, True])
@@ -91,3 +95,8 @@ def test_every_rank_gets_the_whole_gradient_of_what_it_holds(pool: WorkerPool, l
 def test_the_number_of_buckets_changes_nothing(pool: WorkerPool) -> None:
     layout = Layout(tp=2, dp=2, dp_shard=2)
     assert min(pool.run(reduce_on_rank, 4, layout, False, 2048)) > 3
+
+
+def test_stages_are_summed_each_by_itself(pool: WorkerPool) -> None:
+    layout = Layout(tp=2, dp=2, dp_shard=2)
+    assert pool.run(reduce_on_rank, 4, layout, False, 1 << 25, True) == [2] * 4
