@@ -14,7 +14,8 @@ def attention_mask(
 ) -> tuple[Tensor | None, bool]:
     """(mask, causal) for ``kernels.reference.attention``; (None, True) where plain causality is all there is.
 
-    mask: bool [1 or b, 1, s, s], or with ALiBi slopes [n] floats [1 or b, n, s, s] to be added to the scores.
+    mask [1 or b, 1, s, s], with ALiBi slopes [n] [1 or b, n, s, s], is added to the scores. Also where it only hides:
+    of booleans the fused kernel makes such floats itself, in every block, and keeps them for backward.
     """
     if not (0 < window < length) and document_bs is None and slope_n is None:
         return None, True
@@ -26,7 +27,5 @@ def attention_mask(
     visible = visible[None, None]
     if document_bs is not None:
         visible = visible & (document_bs[:, None, :, None] == document_bs[:, None, None, :])
-    if slope_n is None:
-        return visible, False
-    bias = -slope_n.to(device)[:, None, None] * distance_ss
+    bias = torch.zeros((), device=device) if slope_n is None else -slope_n.to(device)[:, None, None] * distance_ss
     return torch.where(visible, bias, -torch.inf).to(dtype), False

@@ -111,9 +111,10 @@ class Stage(nn.Module):
             self.final_norm = make_norm(model, make.below("final_norm"), kernels)
             self.head = None if model.tie_embeddings else ColumnParallelLinear(make.below("head"), tp)
             if model.tie_embeddings and not first:
-                below = make.below("embedding").below("tokens")
-                table = tied_to.embedding.tokens if tied_to is not None else VocabParallelEmbedding(below, self.vocab.piece, tp)
-                self.embedding = TiedTable(table)
+                if tied_to is None:
+                    self.embedding = TiedTable(VocabParallelEmbedding(make.below("embedding.tokens"), self.vocab.piece, tp))
+                else:
+                    self.embedding = TiedTable(tied_to.embedding.tokens)
 
     def forward(self, inputs: Inputs, x_th: Tensor | None = None, logits: bool = False) -> Tensor | Loss:
         """x [t, h] for the next stage; on the last one the loss or, if asked for, this rank's ``logits`` [t, v].

@@ -1,0 +1,122 @@
+"""The bytes that a block keeps, by the table against what torch allocates."""
+
+from dataclasses import replace
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megacore.config.resolve import resolve_model
+from megacore.config.schema import ModelConfig
+from megacore.mesh import collectives
+from megacore.mesh.group import Group, Pending
+from megacore.parallel.tensor import TensorParallel
+from megacore.spec.activations import activation_bytes
+from tests.model.stages import LENGTH, TINY, allocated, microbatch, stage_of
+
+MODES = ("none", "selective", "full")
+MODELS = {
+    "llama": TINY,
+    "all heads alike": replace(TINY, num_kv_heads=4),
+    "qwen3": replace(TINY, qk_norm=True, qkv_bias=True),
+    "normed heads, no positions": replace(TINY, qk_norm=True, position="none"),
+    "gpt2": replace(TINY, norm="layernorm", activation="gelu", position="learned", mlp_bias=True, dropout=0.1),
+    "alibi": replace(TINY, position="alibi", activation="relu2"),
+    "window": replace(TINY, sliding_window=5, activation="geglu"),
+}
+DROPPING = {
+    "llama": replace(TINY, attention_dropout=0.1, dropout=0.1),
+    "normed heads": replace(TINY, attention_dropout=0.1, qk_norm=True, position="none"),
+    "no positions": replace(TINY, attention_dropout=0.1, position="none", num_kv_heads=4),
+    "window": replace(TINY, attention_dropout=0.1, sliding_window=5),
+    "alibi": replace(TINY, attention_dropout=0.1, position="alibi"),
+}
+
+
+def kept(
+    model: ModelConfig, dtype: torch.dtype, size: int, recompute: str, documents: bool, tp: TensorParallel | None = None
+) -> float:
+    """Bytes per block: what two more blocks add to a stage's forward."""
+
+    def of_stage(num_layers: int) -> int:
+        stage = stage_of(replace(model, num_layers=num_layers), dtype, tp, recompute, last=False)
+        inputs = microbatch(model, 0, size, documents)
+        return allocated(lambda: stage(inputs))[0]
+
+    return (of_stage(3) - of_stage(1)) / 2
+
+
+@pytest.mark.parametrize("recompute", MODES)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_byte_is_accounted_for(name: str, recompute: str) -> None:
+    model = resolve_model(MODELS[name], LENGTH)
+    for dtype, size, documents in ((torch.float64, 2, False), (torch.float32, 1, True)):
+        expected = activation_bytes(model, LENGTH, size, recompute=recompute, dtype_bytes=dtype.itemsize)
+        assert kept(model, dtype, size, recompute, documents) == expected
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("name", DROPPING)
+def test_the_explicit_path_of_attention(name: str, size: int) -> None:
+    model = resolve_model(DROPPING[name], LENGTH)
+    for recompute in MODES:
+        expected = activation_bytes(model, LENGTH, size, recompute=recompute, dtype_bytes=4)
+        scalar = 8  # the factor on the scores, as torch keeps it
+        assert kept(model, torch.float32, size, recompute, False) == expected + scalar
+
+
+class Echo:
+    """Collectives over two ranks that hold the same: their results have the real ones' sizes, and no thread of a
+    backend holds on to anything."""
+
+    @staticmethod
+    def all_reduce(x: Tensor, group: Group, op: str) -> Pending:
+        return Pending.done(x)
+
+    @staticmethod
+    def all_gather(x: Tensor, group: Group, dim: int, sizes: list[int]) -> Pending:
+        return Pending.done(torch.cat([x, x], dim))
+
+    @staticmethod
+    def reduce_scatter(x: Tensor, group: Group, dim: int, sizes: list[int]) -> Pending:
+        return Pending.done(x.chunk(2, dim)[0].clone())
+
+
+@pytest.mark.parametrize("recompute", MODES)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_a_rank_of_two_keeps(monkeypatch: pytest.MonkeyPatch, name: str, recompute: str) -> None:
+    monkeypatch.setattr(collectives, "_backend", lambda group: Echo)
+    group = Group("tp", (0, 1), 0, cast(ProcessGroup, object()))
+    model = resolve_model(MODELS[name], LENGTH)
+    for sequence, regather in ((False, False), (True, False), (True, True)):
+        tp = TensorParallel(group, sequence, regather)
+        expected = activation_bytes(model, LENGTH, 2, 2, sequence, recompute, 8, regather)
+        assert kept(model, torch.float64, 2, recompute, False, tp) == expected, (sequence, regather)
+
+
+def test_against_the_published_formula() -> None:
+    """GPT-3 in 16 bits (Korthikanti et al. 2022, table 2): 34 s b h less what differs, item by item."""
+    gpt3 = ModelConfig(
+        num_layers=96, hidden_size=12288, num_heads=96, vocab_size=51200, norm="layernorm", activation="gelu",
+        position="learned", dropout=0.1,
+    )  # fmt: skip
+    model, s, b, h = resolve_model(gpt3, 2048), 2048, 1, 12288
+    tokens = s * b
+    one_byte_masks = 2 * tokens * h  # theirs take one byte, ours two
+    statistics = 4 * tokens * 4
+    for recompute, logarithms in (("none", 96 * tokens * 4), ("selective", 0)):
+        ours = activation_bytes(model, s, b, recompute=recompute)
+        assert ours == 34 * tokens * h + one_byte_masks + statistics + logarithms
+    assert activation_bytes(model, s, b, recompute="full") == 2 * tokens * h
+    with_tp = activation_bytes(model, s, b, tp=8, recompute="selective")
+    assert with_tp == tokens * h * (10 + 24 // 8) + one_byte_masks + statistics
+    split = activation_bytes(model, s, b, 8, True, "selective", regather_inputs=True)
+    assert split == (34 * tokens * h + one_byte_masks + statistics) / 8
+
+
+def test_less_is_kept_step_by_step() -> None:
+    for model in (*MODELS.values(), *DROPPING.values()):
+        none, selective, full = (activation_bytes(resolve_model(model, 64), 64, 2, recompute=mode) for mode in MODES)
+        assert full < selective < none
