@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from megacore import __version__
 from megacore.config.schema import RunConfig
 from megacore.config.write import config_hash, to_toml
 from megacore.cost.hardware import model_flops_utilization
-from megacore.mesh.collectives import agree
+from megacore.mesh.collectives import agree, all_reduce
 from megacore.mesh.mesh import ParallelMesh
 from megacore.monitor.console import Console, Phases, cut, human_count, human_time, phase_lines, visible_width
 from megacore.monitor.memory import peak_memory_gb
@@ -55,6 +56,7 @@ class Reporter:
         self.config, self.mesh, self.files = config, mesh, files
         self.tokens = 0
         self.recorded, self.shown, self.skips, self.warned = Meter(), Meter(), Skips(mesh.device), False
+        self.most_memory_gb: Tensor | None = None
         self.began = time.perf_counter()
 
     @classmethod
@@ -93,9 +95,23 @@ class Reporter:
         )
 
     def step(self, late: Late) -> None:
-        """Record a step, and show it, if that is due. Reading its figures waits for the device."""
-        if self.files is None:
-            return
+        """Record a step, and show it, if that is due. All ranks call it; reading the figures waits for the device."""
+        if self.most_memory_gb is None:
+            self.most_memory_gb = most_memory_gb(self.mesh)
+        if self.files is not None:
+            self.tell(late, self.files)
+        # asked for when the host has given the device all of that step, and read a step later, it is there by then
+        if self.is_due(late.step + 1):
+            self.most_memory_gb = most_memory_gb(self.mesh)
+
+    def is_due(self, step: int) -> bool:
+        """Whether a step's figures are to be written or shown."""
+        c = self.config
+        every = (c.log.every, c.log.console_every, c.train.eval_every)
+        return step in (1, c.train.steps) or any(each and step % each == 0 for each in every)
+
+    def tell(self, late: Late, files: Files) -> None:
+        """Count a step, and write and show it where that is due."""
         c = self.config
         self.tokens += late.tokens
         self.recorded.add(late)
@@ -103,11 +119,11 @@ class Reporter:
         self.skips.add(late.result.skipped)
         always = late.step in (1, c.train.steps) or late.val_loss is not None
         if always or late.step % c.log.every == 0:
-            self.record(late, self.files)
+            self.record(late, files)
         if always or late.step % (c.log.console_every or c.log.every) == 0:
             metrics = self.figures(late, self.shown.read())
             left = (c.train.steps - late.step) * (metrics.step_time_s or 0.0)
-            self.files.console.line(format_line(metrics, c.train.steps, left, self.files.console.paint))
+            files.console.line(format_line(metrics, c.train.steps, left, files.console.paint))
 
     def record(self, late: Late, files: Files) -> None:
         """Write a step down, with the skipped ones since the last record."""
@@ -134,11 +150,12 @@ class Reporter:
             files.events.write("warning", step=late.step, text=text)
 
     def figures(self, late: Late, span: Span) -> StepMetrics:
-        """The figures of a step; rates are averages over the steps that the line stands for."""
+        """The figures of a step; rates are averages over the steps that the line stands for, and of the whole world per
+        device."""
+        assert self.most_memory_gb is not None
         c, device = self.config, self.mesh.device
         tflops = span.tokens_per_s * self.flops_per_token / self.mesh.layout.world / 1e12
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         return StepMetrics(
             step=late.step,
             loss=late.result.loss.item(),
@@ -149,7 +166,7 @@ class Reporter:
             step_time_s=span.step_time_s,
             tflops_per_device=tflops,
             mfu=model_flops_utilization(tflops, name, c.precision.dtype),
-            memory_gb=peak_memory_gb(peak),
+            memory_gb=self.most_memory_gb.item(),
             skipped=span.num_skipped > 0,
             val_loss=None if late.val_loss is None else late.val_loss.item(),
         )
@@ -198,6 +215,14 @@ class Reporter:
         self.files.events.close()
         for tracker in self.files.trackers:
             tracker.close()
+
+
+def most_memory_gb(mesh: ParallelMesh) -> Tensor:
+    """The peak of the rank that has needed most so far, a scalar on the device. All ranks call it; none waits."""
+    device = mesh.device
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    own = torch.full((), peak_memory_gb(peak), dtype=torch.float64, device=device)
+    return all_reduce(own, mesh.world, "max")
 
 
 def open_files(config: RunConfig, colour: bool, width: int) -> Files:

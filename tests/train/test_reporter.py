@@ -13,11 +13,13 @@ from megacore.layout import Layout
 from megacore.mesh.mesh import ParallelMesh
 from megacore.monitor.jsonl import read_json_lines
 from megacore.monitor.run_folder import EVENTS, LOG, METRICS
+from megacore.train import reporter as reporting
 from megacore.train.loop import Late
 from megacore.train.meter import Skips
 from megacore.train.reporter import MANY_SKIPS, Reporter
 from megacore.train.step import StepResult
 from tests.engine.common import run_config
+from tests.pool import WorkerPool
 
 CPU = torch.device("cpu")
 STEPS = 60
@@ -140,6 +142,33 @@ def test_an_earlier_run_is_put_aside(tmp_path: Path) -> None:
     assert [folder.name for folder in kept] == ["1", "2"]
     assert [[record["step"] for record in records(folder)] for folder in kept] == [[1], [2]]
     assert all(json.loads((folder / METRICS).read_text())["step"] for folder in kept)
+
+
+def said_by_ranks(rank: int, world_size: int, out: str, every: int) -> None:
+    """Every rank of a pipeline of two reports; the peak is a GB more on each rank and in each step."""
+    peaks = {"step": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reporting, "peak_memory_gb", lambda _: peaks["step"] + rank)
+        config = config_of(Path(out), every=every)
+        config = replace(config, train=replace(config.train, eval_every=7))
+        reporter = Reporter.open(config, ParallelMesh.build(Layout(pp=world_size), rank, CPU), False, 100)
+        reporter.flops_per_token = 1e12
+        for step in range(1, STEPS + 1):
+            peaks["step"] = step + 1  # a step is reported while the next one runs
+            reporter.step(late(step, val_loss=3.0 if step % 7 == 0 or step == STEPS else None))
+        reporter.close()
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_figures_are_those_of_all_ranks(pool: WorkerPool, tmp_path: Path, every: int) -> None:
+    pool.run(said_by_ranks, 2, 2, str(tmp_path), every)
+    written = records(tmp_path)
+    due = [step for step in range(1, STEPS + 1) if step in (1, STEPS) or step % every == 0 or step % 7 == 0]
+    assert [record["step"] for record in written] == due
+    for record in written:
+        # the second rank's, once it had begun the step; before the first one nobody asks, so that one is asked for late
+        assert record["memory_gb"] == max(record["step"], 2) + 1
+        assert record["tflops_per_device"] == pytest.approx(record["tokens_per_s"] / 2)
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
