@@ -8,8 +8,9 @@ rank's list follows, and the earliest open one can always go on: no deadlock, ev
 import numpy as np
 from numpy.typing import NDArray
 
-from megacore.schedule.clock import Computing, Ints, clock, computing
-from megacore.schedule.instruction import COMPUTE, Instruction, Op
+from megacore.schedule.clock import clock
+from megacore.schedule.instruction import COMPUTE, SENDS, Instruction, Op
+from megacore.schedule.rows import Ints, Rows
 from megacore.schedule.schedule import FIELDS, Instructions, Schedule
 
 Table = NDArray[np.int32]
@@ -28,55 +29,57 @@ def lower(schedule: Schedule, tied: bool = False) -> Schedule:
     """
     if not all(np.isin(rank.op, COMPUTE).all() for rank in schedule.ranks):
         return schedule
-    all_ = computing(schedule)
-    start, end = clock(schedule, all_)
-    rank, time, table = _events(schedule, all_, end)
+    rows = Rows(schedule)
+    start, end = clock(rows)
+    rank, time, table = _added(rows, end)
     order = np.argsort(rank, kind="stable")
-    bounds = np.searchsorted(rank[order], np.arange(schedule.num_ranks + 1))
+    cuts = np.searchsorted(rank[order], np.arange(schedule.num_ranks + 1))
     lists = []
     for each, own in enumerate(schedule.ranks):
-        added = order[bounds[each] : bounds[each + 1]]
-        starts = start[all_.bounds[each] : all_.bounds[each + 1]]
-        whole = _insert(own.table, table[added], np.searchsorted(starts, time[added]))
-        lists.append(np.concatenate([whole, _ending(schedule, each, tied)]))
-    return Schedule(schedule.kind, schedule.num_microbatches, tuple(map(Instructions, lists)))
+        mine = order[cuts[each] : cuts[each + 1]]
+        starts = start[rows.begin[each] : rows.begin[each + 1]]
+        whole = _insert(own.table, table[mine], before=np.searchsorted(starts, time[mine]))
+        lists.append(Instructions(np.concatenate([whole, _ending(schedule, each, tied)])))
+    return Schedule(schedule.kind, schedule.num_microbatches, tuple(lists))
 
 
-def _events(schedule: Schedule, all_: Computing, end: Ints) -> tuple[Ints, Ints, Table]:
+def _added(rows: Rows, end: Ints) -> tuple[Ints, Ints, Table]:
     """(rank [k], time [k], instruction [k, fields]) of all that is added, in the one order that all ranks follow: by
     time; at the same tick activations, then gradients, then sums."""
-    home = np.array([-1, *schedule.home, -1])
-    above, below = home[all_.table[:, 1] + 2], home[all_.back[:, 0]]
-    activations = np.flatnonzero(all_.forwards & (above >= 0) & (above != all_.rank))
-    gradients = np.flatnonzero(all_.takes_back & (below >= 0) & (below != all_.rank))
-    sums = _last_gradients(schedule, all_)
+    home = np.append(rows.home, -1)
+    above, below = home[rows.stage + 1], home[rows.back_stage - 1]
+    away = (above >= 0) & (above != rows.rank)
+    activations = rows.forwards[away[rows.forwards]]
+    away = (below >= 0) & (below != rows.rank)
+    backs = rows.having(Op.BACKWARD, Op.INPUT_GRAD, Op.PAIR)
+    gradients = backs[away[backs]]
+    sums = _last_gradients(rows)
+
     made = np.concatenate([activations, gradients, sums])
     sends = np.full((len(made), FIELDS), -1, dtype=np.int32)
-    sends[:, 0] = np.repeat(
-        [Op.SEND_ACTIVATION, Op.SEND_GRADIENT, Op.REDUCE], [len(activations), len(gradients), len(sums)]
-    )
-    sends[:, 1:3] = np.concatenate([all_.table[activations, 1:3], all_.back[gradients], all_.back[sums]])
-    sends[:, 3] = np.concatenate([above[activations], below[gradients], np.full_like(sums, -1)])
-    sends[len(made) - len(sums) :, 2] = -1
+    op, stage, microbatch, peer = sends.T[:4]
+    messages = len(activations) + len(gradients)
+    op[: len(activations)], op[len(activations) : messages], op[messages:] = (*SENDS, Op.REDUCE)
+    stage[:] = np.concatenate([rows.stage[activations], rows.back_stage[made[len(activations) :]]])
+    microbatch[:messages] = np.concatenate([rows.microbatch[activations], rows.back_microbatch[gradients]])
+    peer[:messages] = np.concatenate([above[activations], below[gradients]])
 
     order = np.argsort(end[made], kind="stable")
     made, sends = made[order], sends[order]
     receives = sends.copy()
     receives[:, 0] += Op.RECEIVE_ACTIVATION - Op.SEND_ACTIVATION
-    receives[:, 3] = all_.rank[made]
+    receives[:, 3] = rows.rank[made]
     # Both ends of a message side by side; the other end of a sum is on rank -1, where nobody looks.
-    rank = np.stack([all_.rank[made], sends[:, 3]], axis=1).ravel()
+    rank = np.stack([rows.rank[made], sends[:, 3]], axis=1).ravel()
     return rank, np.repeat(end[made], 2), np.stack([sends, receives], axis=1).reshape(-1, FIELDS)
 
 
-def _last_gradients(schedule: Schedule, all_: Computing) -> Ints:
-    """[stages at most] The rows that complete a stage's weight gradients."""
-    if not schedule.trains:
-        return np.empty(0, dtype=np.int64)
-    rows = np.flatnonzero(np.isin(all_.table[:, 0], (Op.BACKWARD, Op.WEIGHT_GRAD, Op.PAIR)))
-    stages = all_.back[rows, 0] + schedule.num_stages * all_.rank[rows]
-    _, from_the_end = np.unique(stages[::-1], return_index=True)
-    return rows[len(rows) - 1 - from_the_end]
+def _last_gradients(rows: Rows) -> Ints:
+    """The rows that complete a stage's weight gradients; none in an evaluation."""
+    found = rows.having(Op.BACKWARD, Op.WEIGHT_GRAD, Op.PAIR)
+    last = np.full(len(rows.home), -1)
+    last[rows.back_stage[found]] = found
+    return last[last >= 0]
 
 
 def _insert(table: Table, added: Table, before: Ints) -> Table:

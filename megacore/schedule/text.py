@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from megacore.schedule.instruction import Instruction, Op
 from megacore.schedule.schedule import Instructions, Schedule
+from megacore.schedule.words import words
 
 _LINE = re.compile(r"(0|[1-9][0-9]{0,5})\s*:(.*)")
 
@@ -29,7 +30,9 @@ class _Word(NamedTuple):
 def to_text(schedule: Schedule) -> str:
     """One line per rank, under a comment that says what they are."""
     title = f"# {schedule.kind}: {schedule.num_ranks} ranks, {schedule.num_microbatches} microbatches"
-    return "\n".join([title, *(f"{rank}: {each}".strip() for rank, each in enumerate(schedule.ranks))]) + "\n"
+    return (
+        "\n".join([title, *(" ".join([f"{rank}:", *words(each)]) for rank, each in enumerate(schedule.ranks))]) + "\n"
+    )
 
 
 def from_text(text: str, kind: str = "file") -> Schedule:

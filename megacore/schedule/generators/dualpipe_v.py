@@ -1,5 +1,5 @@
 """DualPipe-V: forwards and backwards of different microbatches overlap, on a folded pipeline (DeepSeek-AI 2024,
-DeepSeek-V3, arXiv 2412.19437, section 3.2.1; "cut in half" in the README of DeepSeek's DualPipe)."""
+DeepSeek-V3, arXiv 2412.19437, section 3.2.1; folded as the README of DeepSeek's DualPipe says)."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,9 @@ from megacore.schedule.schedule import Instructions
 def dualpipe_v(num_ranks: int, num_microbatches: int, chunks: int) -> tuple[Instructions, ...]:
     """Rank r has chunk 0 on the way down the ranks and chunk 1 on the way back up; most of the time it runs pairs.
 
-    Made for m >= 2p; shorter ones are its beginning.
+    Rank 0, the idlest, waits for (p-1)(FB + B - 3W) of a chunk's work between its first and its last instruction, FB
+    being the time of a pair; at most p + 1/2 microbatches of a rank's layers are alive. Lists for fewer than 2p
+    microbatches are those for 2p without the rest.
 
     One rank (stages 0 and 1), two microbatches::
 
@@ -26,23 +28,20 @@ def dualpipe_v(num_ranks: int, num_microbatches: int, chunks: int) -> tuple[Inst
 
 
 def _phases(rank: int, num_ranks: int, num_microbatches: int) -> Iterator[tuple[str, int]]:
-    below = num_ranks - 1 - rank
+    above, below = rank + 1, num_ranks - 1 - rank
     # Warm-up.
     yield "F0", 2 * below
-    yield "F0 F1", rank + 1
+    yield "F0 F1", above
     yield "I1 W1 F1", below
     # Steady: two pairs in turn. The last rank takes its first pair apart, for all others wait for the gradient in it.
-    steady = num_microbatches - 2 * num_ranks + rank + 1
-    first = "F0 B1" if below == 0 else "F0B1"
-    yield f"{first} F1B0", 1
-    yield "F0B1 F1B0", steady - 1
+    yield ("F0B1" if below else "F0 B1") + " F1B0", 1
+    yield "F0B1 F1B0", num_microbatches - 2 * num_ranks + above - 1
     yield "B1 F1B0", below
-    # Cool-down: the last p backwards are split; their weight gradients wait in a queue and fill the gaps.
-    last = ["1", "0"] * (rank + 1) + ["0"] * below
-    whole, split = last[: rank + 1], last[rank + 1 :]
-    queue = split.copy()
-    yield " ".join(f"B{chunk}" for chunk in whole), 1
-    yield " ".join(f"I{chunk}" for chunk in split[: rank + 1]), 1
-    for chunk in split[rank + 1 :]:
-        yield f"W{queue.pop(0)} I{chunk}", 1
-    yield " ".join(f"W{chunk}" for chunk in queue), 1
+    # Cool-down: both chunks in turn, then chunk 0; of these 2 above + below backwards only the first are whole.
+    # The weight gradients of the others wait in a queue until nothing else is left or nothing else can be done.
+    chunks = ["1", "0"] * above + ["0"] * below
+    split = chunks[above:]
+    yield " ".join("B" + chunk for chunk in chunks[:above]), 1
+    yield " ".join("I" + chunk for chunk in split[:above]), 1
+    yield " ".join(f"W{done} I{chunk}" for done, chunk in zip(split, split[above:], strict=False)), 1
+    yield " ".join("W" + chunk for chunk in split[below:]), 1

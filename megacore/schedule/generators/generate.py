@@ -54,11 +54,8 @@ def generate(kind: str, num_ranks: int, num_microbatches: int, chunks: int = 0) 
     """
     chosen = _kind(kind)
     chunks = chunks or default_chunks(kind)
-    for name, value in (
-        ("parallel.pp", num_ranks),
-        ("num_microbatches", num_microbatches),
-        ("parallel.chunks", chunks),
-    ):
+    counts = {"parallel.pp": num_ranks, "num_microbatches": num_microbatches, "parallel.chunks": chunks}
+    for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     if chosen.folded and chunks != 2:
