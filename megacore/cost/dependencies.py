@@ -78,7 +78,8 @@ class _Flow:
             pair = self.rows.op[found] == Op.PAIR
             stage = np.where(pair, self.rows.back_stage[found], stage)
             microbatch = np.where(pair, self.rows.back_microbatch[found], microbatch)
-        return np.asarray(stage, dtype=np.int64) * self.num_microbatches + microbatch
+        keys: Ints = stage.astype(np.int64) * self.num_microbatches + microbatch
+        return keys
 
     def index(self, found: Ints, keys: Ints) -> Ints:
         """[num_keys] The row of each key, -1 where there is none."""
