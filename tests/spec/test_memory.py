@@ -6,6 +6,7 @@ from megacore.config.schema import OptimConfig
 from megacore.monitor.console import human_bytes
 from megacore.spec import ModelSpec
 from megacore.spec.memory import state_bytes
+from megacore.train.pipeline_overview import Pipeline
 from tests.engine.common import built_rank, run_config
 from tests.pool import WorkerPool
 
@@ -30,6 +31,17 @@ def test_state_is_what_ranks_hold(pool: WorkerPool, tp: int, rule: tuple[str, ..
         state = state_bytes(spec.params, config.optim, config.precision.dtype, rank, tp)
         assert (state.params, state.grads, state.optimizer) == expected
         assert state.total == sum(expected)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_state_of_a_pipeline_is_what_its_ranks_hold(pool: WorkerPool, schedule: str, tied: bool) -> None:
+    overrides = ("parallel.pp=2", f"parallel.schedule={schedule}", f"model.tie_embeddings={str(tied).lower()}")
+    config = run_config(2, *overrides)
+    of_ranks = Pipeline.of(config).params(ModelSpec.of(config.model))
+    states = [state_bytes(params, config.optim, config.precision.dtype) for params in of_ranks]
+    expected = pool.run(held, 2, 2, overrides)
+    assert [(state.params, state.grads, state.optimizer) for state in states] == expected
 
 
 def test_published_example_in_full_precision() -> None:
