@@ -16,6 +16,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "train": ("megacore.launch.train", "train a model: RUN.toml or --preset NAME, then key=value overrides"),
         "demo": ("megacore.tools.demo", "from real text to a trained model on this machine, in a few minutes"),
         "data": ("megacore.tools.data", "make a tokenizer, tokenise, inspect and merge corpora, build sample indices"),
+        "verify": ("megacore.tools.verify", "prove that layouts compute what one process computes"),
+        "schedule": ("megacore.tools.schedule", "generate, prove, simulate and draw a pipeline schedule"),
         "bench": ("megacore.tools.bench", "measure, as ratios to other implementations"),
         "presets": ("megacore.tools.presets", "list the known models with their shapes and parameter counts"),
         "config": ("megacore.tools.config", "show, compare and explain run files"),

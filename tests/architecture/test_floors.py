@@ -43,7 +43,7 @@ NEIGHBOURS = {
     "schedule": {"config", "layout", "spec"},
     "cost": {"config", "layout", "spec", "schedule"},
     "train": {"monitor", "generate"},
-    "verify": {"train"},
+    "verify": {"train", "monitor"},
     "bench": {"train", "monitor"},
     "corpora": {"monitor"},
     "demo": {"monitor"},
