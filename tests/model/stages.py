@@ -25,13 +25,19 @@ TINY = ModelConfig(num_layers=3, hidden_size=24, num_heads=4, num_kv_heads=2, he
 
 
 def stage_of(
-    model: ModelConfig, dtype: torch.dtype, tp: TensorParallel | None = None, recompute: str = "none", **ends: bool
+    model: ModelConfig,
+    dtype: torch.dtype,
+    tp: TensorParallel | None = None,
+    recompute: str = "none",
+    first: bool = True,
+    last: bool = True,
 ) -> Stage:
     """All of a model's layers, with gradients that begin at zero where backward adds to them."""
     model, tp = resolve_model(model, LENGTH), tp or TensorParallel.single()
     kernels, _ = resolve(CPU, dtype)
     make = ParameterMaker(ModelSpec.of(model, tp.sequence).by_name, tp.group, CPU, dtype, seed=3)
-    stage = Stage(model, make, tp, kernels, Objective(), range(model.num_layers), recompute=recompute, **ends)
+    layers = range(model.num_layers)
+    stage = Stage(model, make, tp, kernels, Objective(), layers, first, last, recompute=recompute)
     for param in stage.parameters():
         param.grad = torch.zeros_like(param)
     return stage
