@@ -7,10 +7,12 @@ EVENTS = "events.jsonl"
 LOG = "log.txt"
 CONFIG = "config.toml"
 CURVE = "loss.png"
+TIMELINE = "timeline.json"
+TIMELINE_PICTURE = "timeline.svg"
 TENSORBOARD = "tensorboard"
 PREVIOUS = "previous"
 
-RUN_FILES = (METRICS, EVENTS, LOG, CONFIG, TENSORBOARD)
+RUN_FILES = (METRICS, EVENTS, LOG, CONFIG, TIMELINE, TENSORBOARD)
 PICTURES = ("*.png", "*.svg")
 
 

@@ -16,6 +16,7 @@ from megacore.train.build import Built, build, join
 from megacore.train.data import RunData, open_data
 from megacore.train.reporter import Reporter
 from megacore.train.step import StepResult
+from megacore.train.timing import StepClock
 
 
 def train(info: RankInfo, config: RunConfig, colour: bool = False, width: int = 100) -> int:
@@ -74,8 +75,11 @@ class Loop:
             batch = self.data.plan.batch(step)
             microbatches = self.data.feed.step(step)
             lr = learning_rate(c.optim, step)
-            result = self.built.trainer.step(microbatches, batch.size * c.train.seq_len, lr)
+            clock = StepClock(self.built.mesh) if step == c.log.timeline_step else None
+            result = self.built.trainer.step(microbatches, batch.size * c.train.seq_len, lr, clock and clock.marks)
             ended = Mark(device)
+            if clock is not None:
+                self.reporter.timeline(step, clock.read(self.built.trainer.plan(len(microbatches))))
             self.flush()
             self.late = Late(step, result, lr, began, ended, batch.size * c.train.seq_len)
             evaluates, samples = self.due(c.train.eval_every, step), self.due(c.log.sample_every, step)

@@ -18,12 +18,16 @@ from megacore import __version__
 from megacore.config.schema import RunConfig
 from megacore.config.write import config_hash, to_toml
 from megacore.cost.hardware import model_flops_utilization
+from megacore.cost.plot.picture import save_picture
+from megacore.cost.simulate import Durations, simulate
+from megacore.cost.timeline import Timeline
+from megacore.cost.trace import write_trace
 from megacore.mesh.collectives import agree, all_reduce
 from megacore.mesh.mesh import ParallelMesh
 from megacore.monitor.console import Console, Phases, cut, human_count, human_time, phase_lines, visible_width
 from megacore.monitor.memory import peak_memory_gb
 from megacore.monitor.metrics import EventsWriter, MetricsWriter, StepMetrics, format_line
-from megacore.monitor.run_folder import CONFIG, LOG, archive_previous_run
+from megacore.monitor.run_folder import CONFIG, LOG, TIMELINE, TIMELINE_PICTURE, archive_previous_run
 from megacore.monitor.trackers import Tracker, open_trackers
 from megacore.spec.flops import train_flops_per_token
 from megacore.train.meter import Meter, Skips, Span
@@ -184,6 +188,25 @@ class Reporter:
         self.files.events.write("sample", step=step, prompt=prompt, text=text)
         for tracker in self.files.trackers:
             tracker.text("samples", prompt + text, step)
+
+    def timeline(self, step: int, measured: Timeline) -> None:
+        """Keep when a step's instructions ran, as a trace and as a picture below what was to be expected of them."""
+        if self.files is None:
+            return
+        console, out = self.files.console, Path(self.config.out)
+        predicted = simulate(measured.schedule, Durations.measured(measured))
+        write_trace(out / TIMELINE, predicted, measured)
+        try:
+            save_picture(out / TIMELINE_PICTURE, predicted, measured)
+            what = TIMELINE_PICTURE
+        except ValueError as missing:  # no matplotlib: the figures are in the trace
+            what = f"{TIMELINE} ({missing})"
+        bubbles = {"bubble": measured.bubble_fraction, "bubble_simulated": predicted.bubble_fraction}
+        console.line(
+            f"{console.paint('timeline', 'cyan')}  step {step}: bubble {measured.bubble_fraction:.1%}, by simulation with "
+            f"its durations {predicted.bubble_fraction:.1%} → {out / what}"
+        )
+        self.files.events.write("timeline", step=step, **bubbles)
 
     def finish(self) -> None:
         """The closing line."""
