@@ -1,0 +1,1 @@
+"""Pictures of a timeline: svg and png, and lines for a terminal."""
