@@ -11,9 +11,9 @@ from megacore.schedule.schedule import Instructions
 def dualpipe_v(num_ranks: int, num_microbatches: int, chunks: int) -> tuple[Instructions, ...]:
     """Rank r has chunk 0 on the way down the ranks and chunk 1 on the way back up; most of the time it runs pairs.
 
-    Rank 0, the idlest, waits for (p-1)(FB + B - 3W) of a chunk's work between its first and its last instruction, FB
-    being the time of a pair; at most p + 1/2 microbatches of a rank's layers are alive. Lists for fewer than 2p
-    microbatches are those for 2p without the rest.
+    Rank 0, the idlest, works from the first moment to the last but for (p-1)(FB + B - 3W) of a chunk's work, FB being
+    the time of a pair (for less where F < I or pairs overlap); at most p + 1/2 microbatches of a rank's layers are
+    alive. Lists for fewer than 2p microbatches are those for 2p without the rest.
 
     One rank (stages 0 and 1), two microbatches::
 

@@ -1,4 +1,4 @@
-"""GPipe: everything forwards, then everything back (Huang et al. 2019, GPipe, arXiv 1811.06965, section 2.3)."""
+"""GPipe: everything forwards, then everything back (Huang et al. 2019, GPipe, arXiv 1811.06965, section 2)."""
 
 from megacore.schedule.generators.placement import loop
 from megacore.schedule.generators.spell import spell, words
@@ -9,7 +9,7 @@ def gpipe(num_ranks: int, num_microbatches: int, chunks: int) -> tuple[Instructi
     """Of every rank, all forwards chunk by chunk, then all backwards from the last chunk to the first.
 
     The bubble is (p-1)(F+B) of a chunk's work where there is one chunk or m >= p; all m microbatches are alive at once.
-    With several chunks it is the breadth-first schedule (Lamy-Poirier 2023, arXiv 2211.05953, section 4).
+    With several chunks it is the breadth-first schedule (Lamy-Poirier 2023, arXiv 2211.05953).
 
     Two ranks, two microbatches::
 

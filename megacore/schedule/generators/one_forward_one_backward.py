@@ -30,7 +30,9 @@ def interleaved(num_ranks: int, num_microbatches: int, chunks: int) -> tuple[Ins
 
 def zb_h1(num_ranks: int, num_microbatches: int, chunks: int) -> tuple[Instructions, ...]:
     """ZB-H1: 1F1B whose later ranks put weight gradients off into what was bubble (Qi et al. 2024, Zero Bubble Pipeline
-    Parallelism, arXiv 2401.10241, section 2.1.1). Memory as 1F1B; ranks are idle for at most (p-1)(F+I-W).
+    Parallelism, arXiv 2401.10241, section 2.1).
+
+    Memory as 1F1B; ranks are idle for at most (p-1)(F+I-W) of a chunk's work.
 
     Two ranks, three microbatches::
 
@@ -45,7 +47,10 @@ def zb_h1(num_ranks: int, num_microbatches: int, chunks: int) -> tuple[Instructi
 
 def zb_h2(num_ranks: int, num_microbatches: int, chunks: int) -> tuple[Instructions, ...]:
     """ZB-H2: forwards fill the warm-up too, so that no rank idles once it began where F = I = W (Qi et al. 2024,
-    section 2.1.2), for up to 2p-1 microbatches alive on rank 0.
+    section 2.2), for up to 2p-1 microbatches alive on rank 0.
+
+    With several chunks, which the paper leaves out, it is interleaved 1F1B with twice ZB-H1's lag: as many microbatches
+    alive as there, and no idling up to p = 4; from there on each further rank adds one forward of idling.
 
     Two ranks, three microbatches::
 
