@@ -46,18 +46,18 @@ class Attention(nn.Module):
         self.key = counter.key_of("dropout", seed, make.prefix)
 
     def forward(self, x_th: Tensor, shared: Shared) -> Tensor:
-        qkv = self.qkv(x_th)
+        qkv_to = self.qkv(x_th)
         if self.recompute:
-            y = recomputed(lambda qkv: self.core(qkv, shared), lambda qkv, _: self.core(qkv, shared), qkv)
+            y_ti = recomputed(lambda x: self.core(x, shared), lambda x, _: self.core(x, shared), qkv_to)
         else:
-            y = self.core(qkv, shared)
-        return self.out(y)
+            y_ti = self.core(qkv_to, shared)
+        return self.out(y_ti)
 
-    def core(self, qkv: Tensor, shared: Shared) -> Tensor:
+    def core(self, qkv_to: Tensor, shared: Shared) -> Tensor:
         """Everything between the projections: [t, (n+2m)d] -> [t, nd]."""
         b, s = shared.shape
         n, m, d = self.n, self.m, self.d
-        qk_bsnd, v_bsmd = qkv.view(b, s, n + 2 * m, d).split((n + m, m), 2)
+        qk_bsnd, v_bsmd = qkv_to.view(b, s, n + 2 * m, d).split((n + m, m), 2)
         if self.qk_norm:
             q_bsnd, k_bsmd = qk_bsnd.split((n, m), 2)
             qk_bsnd = torch.cat((self.q_norm(q_bsnd), self.k_norm(k_bsmd)), 2)

@@ -88,6 +88,21 @@ def test_sequence_parallelism(pool: WorkerPool, regather: bool) -> None:
     assert layer_elements(records, size, activation) == 4 * (layers * per_layer + beside_the_layers)
 
 
+@pytest.mark.parametrize("sequence", [False, True])
+def test_recomputation(pool: WorkerPool, sequence: bool) -> None:
+    """A block made again repeats its forward's collectives but the last sum; the core of attention has none."""
+    layout = ("parallel.tp=2", f"parallel.sequence_parallel={str(sequence).lower()}")
+    none, _, config = logs(pool, 2, *layout)
+    assert logs(pool, 2, *layout, "parallel.recompute=selective")[0] == none
+    full = logs(pool, 2, *layout, "parallel.recompute=full")[0]
+    activation = 2 * config.train.seq_len * config.model.hidden_size
+    forwards = 4 * config.model.num_layers
+    per_layer = layer_elements(full, 2, activation) - layer_elements(none, 2, activation)
+    # sums cost 2 (n-1)/n, gathers and scatters (n-1)/n: of a forward's 4, one sum or scatter is left out
+    assert per_layer == forwards * activation * (3 if sequence else 2) / 2
+    assert len(full) - len(none) == forwards * (3 if sequence else 1)
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_data_parallelism(pool: WorkerPool, size: int) -> None:
     records, num_gradients, _ = logs(pool, size)
