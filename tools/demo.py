@@ -1,7 +1,7 @@
 """`megacore demo`: from real text to a trained language model on this machine, in a few minutes.
 
 Text found on any machine with Python (or your own) becomes a tokenizer, a dataset and a small Llama-like model, trained
-with tensor and data parallelism on four local processes. A second call uses again what is there and unchanged.
+with tensor and pipeline parallelism on four local processes. A second call uses again what is there and unchanged.
 """
 
 import argparse

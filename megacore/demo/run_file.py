@@ -26,7 +26,7 @@ def write_run_file(shop: Workshop, corpus: Corpus, tokenizer: Tokenizer, prefix:
     config = replace(
         base,
         model=replace(base.model, vocab_size=tokenizer.vocab_size),
-        parallel=replace(base.parallel, tp=2, dp=2),
+        parallel=replace(base.parallel, tp=2, pp=2),
         train=replace(base.train, steps=steps, device="cpu", eval_every=3 * shown, eval_steps=4),
         optim=replace(base.optim, warmup_steps=min(base.optim.warmup_steps, steps // 4)),
         data=replace(base.data, blend=((1.0, str(prefix)),), split=(96.0, 4.0, 0.0), tokenizer=tokenizer.spec),
@@ -37,6 +37,7 @@ def write_run_file(shop: Workshop, corpus: Corpus, tokenizer: Tokenizer, prefix:
             sample_every=6 * shown,
             sample_prompts=tuple(prompts),
             sample_tokens=64,
+            timeline_step=max(1, steps // 2),
         ),
         out=str(shop.out),
     )

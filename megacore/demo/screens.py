@@ -5,12 +5,14 @@ from pathlib import Path
 
 from megacore.config.resolve import resolve
 from megacore.config.schema import RunConfig
+from megacore.cost.plot.terminal import terminal_picture
+from megacore.cost.trace import read_timeline
 from megacore.demo.workshop import Workshop
 from megacore.monitor.console import human_count, human_time, phase_lines
 from megacore.monitor.curves import read_curves, terminal_curve
 from megacore.monitor.jsonl import read_json_lines
 from megacore.monitor.plots import save_loss_plot
-from megacore.monitor.run_folder import CURVE, EVENTS
+from megacore.monitor.run_folder import CURVE, EVENTS, TIMELINE, TIMELINE_PICTURE
 from megacore.spec import ModelSpec
 
 MADE = (
@@ -19,6 +21,7 @@ MADE = (
     ("data/corpus.bin, .idx", "tokens, in Megatron-LM's format"),
     ("run.toml", "the run: model, layout, training; change and train again"),
     ("metrics.jsonl, events.jsonl", "every figure, and what happened"),
+    ("timeline.json", "one step of all ranks, for ui.perfetto.dev"),
     ("log.txt, config.toml", "the console, and the resolved run"),
 )
 
@@ -31,15 +34,28 @@ def welcome(shop: Workshop) -> None:
         "megacore demo",
         [
             f"{what} → tokenizer → dataset → training → text that the model writes",
-            "tensor parallel 2 × data parallel 2: four processes on this machine's CPU",
+            "tensor parallel 2 × pipeline parallel 2: four processes on this machine's CPU",
             f"everything goes to {shop.out}",
         ],
     )
 
 
+def pipeline(shop: Workshop) -> None:
+    """Stage 5: when each stage of the pipeline worked, in one step that was timed."""
+    shop.title("5 · The pipeline in one step")
+    console = shop.console
+    measured = read_timeline(shop.out / TIMELINE)
+    for line in terminal_picture(measured, min(console.width - 2, 100), console.paint if console.live else None):
+        console.line(line)
+    console.line()
+    for what, name in (("expected above measured", TIMELINE_PICTURE), ("the same as a trace for Perfetto", TIMELINE)):
+        if (shop.out / name).exists():
+            shop.result(what, shop.out / name)
+
+
 def loss(shop: Workshop, config: RunConfig) -> None:
-    """Stage 5: the loss, in the terminal and as a picture."""
-    shop.title("5 · Loss")
+    """Stage 6: the loss, in the terminal and as a picture."""
+    shop.title("6 · Loss")
     console, curves = shop.console, read_curves(shop.out)
     for line in terminal_curve(curves, min(console.width - 2, 100), 14, console.paint):
         console.line(line)
@@ -49,7 +65,7 @@ def loss(shop: Workshop, config: RunConfig) -> None:
     shape = f"{model.family}, {model.num_layers} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size:,}"
     picture = shop.out / CURVE
     try:
-        save_loss_plot(curves, picture, f"megacore demo: {title}", f"{shape}; tp=2 × dp=2 on four CPU processes")
+        save_loss_plot(curves, picture, f"megacore demo: {title}", f"{shape}; tp=2 × pp=2 on four CPU processes")
     except ValueError as missing:
         console.line(f"  no picture: {missing}")
     else:
@@ -57,8 +73,8 @@ def loss(shop: Workshop, config: RunConfig) -> None:
 
 
 def samples(shop: Workshop) -> None:
-    """Stage 6: how the model wrote early on, and how it writes now."""
-    shop.title("6 · Text that the model writes")
+    """Stage 7: how the model wrote early on, and how it writes now."""
+    shop.title("7 · Text that the model writes")
     every = [event for event in read_json_lines(shop.out / EVENTS) if event["event"] == "sample"]
     steps = sorted({sample["step"] for sample in every})
     for step in dict.fromkeys(steps[:1] + steps[-1:]):
@@ -82,7 +98,9 @@ def goodbye(shop: Workshop, command: str) -> None:
     run = f"{command} train {shop.run_file}"
     other_text = Path(sysconfig.get_path("stdlib")) / "asyncio"
     for why, what in (
-        ("the same on one process: compare its losses", f"{run} parallel.tp=1 parallel.dp=1 out={out}-one"),
+        ("the same on one process: compare its losses", f"{run} parallel.tp=1 parallel.pp=1 out={out}-one"),
+        ("another schedule", f"{run} parallel.schedule=zb-v out={out}-zb-v"),
+        ("what schedules cost", f"{command} schedule zb-h1 --stages 4 --microbatches 8"),
         ("a wider model", f"{run} model.hidden_size=256 model.num_heads=8 out={out}-wide"),
         ("look into the dataset", f"{command} data inspect {out / 'data' / 'corpus'}"),
         ("another text (any file or folder)", f"{command} demo --text {other_text} --out {out}-text"),

@@ -31,6 +31,7 @@ def run_tour(options: Options, console: Console, launcher: Launcher) -> int:
     if code:
         return code
     with time("pictures"):
+        screens.pipeline(shop)
         screens.loss(shop, config)
     screens.samples(shop)
     screens.goodbye(shop, launcher.command)

@@ -27,7 +27,7 @@ from megacore.sharding.flat import FlatParameters
 from megacore.sharding.reduce import GradientReducer
 from megacore.spec import ModelSpec, ParamSpec
 from megacore.spec.stages import layers_of_stages
-from megacore.train.schedule import plan_schedule
+from megacore.train.schedule import own_schedule_hash, plan_schedule
 from megacore.train.step import Trainer
 
 DTYPES = (("fp64", torch.float64), ("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16))
@@ -54,7 +54,7 @@ def join(config: RunConfig, info: RankInfo) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     device = process_group.device_of(info, config.train.device)
-    process_group.start(info, device, config_hash(config))
+    process_group.start(info, device, config_hash(config) + own_schedule_hash(config))
     return device
 
 

@@ -76,7 +76,8 @@ class Loop:
             microbatches = self.data.feed.step(step)
             lr = learning_rate(c.optim, step)
             clock = StepClock(self.built.mesh) if step == c.log.timeline_step else None
-            result = self.built.trainer.step(microbatches, batch.size * c.train.seq_len, lr, clock and clock.marks)
+            marks = None if clock is None else clock.marks
+            result = self.built.trainer.step(microbatches, batch.size * c.train.seq_len, lr, marks)
             ended = Mark(device)
             if clock is not None:
                 self.reporter.timeline(step, clock.read(self.built.trainer.plan(len(microbatches))))

@@ -203,8 +203,8 @@ class Reporter:
             what = f"{TIMELINE} ({missing})"
         bubbles = {"bubble": measured.bubble_fraction, "bubble_simulated": predicted.bubble_fraction}
         console.line(
-            f"{console.paint('timeline', 'cyan')}  step {step}: bubble {measured.bubble_fraction:.1%}, by simulation with "
-            f"its durations {predicted.bubble_fraction:.1%} → {out / what}"
+            f"{console.paint('timeline', 'cyan')}  step {step}: bubble {measured.bubble_fraction:.1%}, by simulation "
+            f"with its durations {predicted.bubble_fraction:.1%} → {out / what}"
         )
         self.files.events.write("timeline", step=step, **bubbles)
 

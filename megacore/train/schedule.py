@@ -1,5 +1,6 @@
 """The schedule of a run: generated or read from the user's own file, lowered, and checked before anything runs."""
 
+from hashlib import sha256
 from pathlib import Path
 
 from megacore.config.pipeline import is_own_schedule
@@ -28,6 +29,13 @@ def plan_schedule(config: RunConfig, num_microbatches: int) -> Schedule:
         return check(lower(schedule, tied))
     except ValueError as error:
         raise _of_file(config, error) from None
+
+
+def own_schedule_hash(config: RunConfig) -> str:
+    """A hash of the user's own list, which every rank reads for itself; '' where there is none."""
+    if not is_own_schedule(config.parallel):
+        return ""
+    return sha256(Path(config.parallel.schedule).read_bytes()).hexdigest()[:16]
 
 
 def draft_schedule(config: RunConfig, num_microbatches: int) -> Schedule:

@@ -74,3 +74,25 @@ def sleep_and_tell(info: RankInfo, folder: str, save_on_term: bool) -> int:
 
 def fail_with(info: RankInfo, error: Exception) -> None:
     raise error
+
+
+def fail_inside_a_schedule(info: RankInfo, folder: str, dies: bool) -> None:
+    """The second of three pipeline ranks fails in the middle of a step, while the others send to it and wait for it."""
+    from tests.engine.common import built_rank, run_config, step_of
+
+    process_group.start(info, torch.device("cpu"), timeout_s=60)
+    built = built_rank(info.rank, info.world_size, run_config(info.world_size, "parallel.pp=3"))
+    step_of(built, 1)
+    if info.rank == 1:
+        calls = iter(range(100))
+
+        def fail(*ignored: object) -> None:
+            if next(calls) == 2:
+                Path(folder, "failed").write_text(str(time.time()))
+                if dies:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise FloatingPointError("the cause inside the schedule")
+
+        built.stages[1].register_forward_pre_hook(fail)
+    step_of(built, 2)
+    Path(folder, f"ended{info.rank}").touch()

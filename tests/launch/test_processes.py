@@ -76,6 +76,17 @@ def test_ranks_that_do_not_notice_are_ended_within_seconds(screen: Screen) -> No
     assert "disk full" in screen.text
 
 
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_rank_that_fails_inside_a_schedule_ends_all_within_ten_seconds(
+    tmp_path: Path, screen: Screen, dies: bool
+) -> None:
+    assert run("fail_inside_a_schedule", 3, screen, str(tmp_path), dies) == 1
+    assert time.time() - float((tmp_path / "failed").read_text()) < 10
+    assert not list(tmp_path.glob("ended*"))
+    assert ("SIGKILL" if dies else "the cause inside the schedule") in screen.text
+    assert "rank 1 of 3" in screen.text
+
+
 def test_a_user_error_is_one_line_and_code_2(screen: Screen) -> None:
     assert run("user_error_on_all", 2, screen) == 2
     assert screen.text == "megacore: parallel.order=tp-pp must begin with pp and name tp, cp and dp once each\n"
