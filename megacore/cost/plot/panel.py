@@ -174,16 +174,16 @@ def _draw_marks(sheet: Sheet, panel: Panel, frame: Frame) -> None:
 
 def _draw_columns(sheet: Sheet, panel: Panel, frame: Frame, live: bool) -> None:
     left = frame.left + frame.width + GUTTER
-    if live:
-        counts = np.array(peak_activations(panel.timeline.schedule))
-        labels = [f"{count:.4g}" for count in counts.tolist()]
-        _draw_column(sheet, frame, left, "live at peak", [(counts / max(counts.max(), 1.0), GREY)], labels)
-    left += COLUMN + GUTTER
     idle = np.array(idle_shares(panel.timeline))
     between = np.array(panel.timeline.rank_idle) / (panel.timeline.makespan or 1.0)
     most = max(float(idle.max()), 0.1)
     labels = [f"{share:.1%}" for share in idle.tolist()]
     _draw_column(sheet, frame, left, "idle", [(idle / most, LINE), (between / most, GREY)], labels)
+    if live:
+        left += COLUMN + GUTTER
+        counts = np.array(peak_activations(panel.timeline.schedule))
+        labels = [f"{count:.4g}" for count in counts.tolist()]
+        _draw_column(sheet, frame, left, "live at peak", [(counts / max(counts.max(), 1.0), GREY)], labels)
 
 
 def _draw_column(

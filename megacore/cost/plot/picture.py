@@ -18,10 +18,8 @@ MARGIN, RANKS = 20.0, 24.0
 NARROWEST, WIDEST = 440.0, 960.0
 SWATCH, LEGEND_LINE = 9.0, 15.0
 
-COLUMNS = (
-    "live at peak: microbatches whose activations a rank holds; "
-    "idle: share of the makespan, dark between the rank's own first and last work"
-)
+IDLE_NOTE = "idle: share of the makespan, dark between the rank's own first and last work"
+LIVE_NOTE = "; live at peak: microbatches whose activations the rank holds"
 
 
 def save_picture(
@@ -31,8 +29,8 @@ def save_picture(
 
     Given both, they share one axis of time, so both must be in seconds; a measured timeline always is. A row is a rank,
     a box a computation with its microbatch's number, light ground idle time; messages are not drawn. The columns at the
-    right hold the most activations alive at once, in microbatches of all of the rank's layers, and idle time as a share
-    of the makespan, of which the dark part lies between the rank's own first and last work.
+    right hold idle time as a share of the makespan, of which the dark part lies between the rank's own first and last
+    work, and the most activations alive at once, in microbatches of all of the rank's layers.
     Raises ValueError for another suffix, without matplotlib, or without a timeline.
     """
     if path.suffix not in (".svg", ".png"):
@@ -50,8 +48,8 @@ def _draw(panels: list[Panel], title: str | None, unit: str, factor: float) -> S
     span = max(panel.span for panel in panels) or 1.0
     width = _width_of_axis(panels, span)
     left = MARGIN + RANKS
-    full = left + width + 2 * (GUTTER + COLUMN) + MARGIN
     schedule = panels[0].timeline.schedule
+    full = left + width + (1 + schedule.trains) * (GUTTER + COLUMN) + MARGIN
     shape = shape_of(schedule)
     heading = title or shape
     notes = [_figures(panel, unit, factor, width / span) for panel in panels]
@@ -71,7 +69,7 @@ def _draw(panels: list[Panel], title: str | None, unit: str, factor: float) -> S
         draw_panel(sheet, panel, frame, note if len(panels) > 1 else "", live)
         top += panel.height
         _draw_axis(sheet, frame, frame.top + panel.num_ranks * panel.row, span, unit, factor)
-    sheet.text(left, top + 4, COLUMNS, 7, GREY)
+    sheet.text(left, top + 4, IDLE_NOTE + LIVE_NOTE * schedule.trains, 7, GREY)
     return sheet
 
 
@@ -128,7 +126,7 @@ def _lines_of_legend(panels: list[Panel], scale: float, width: float) -> Iterato
     line: list[LegendItem] = []
     used = 0.0
     for item in items:
-        takes = _swatches(item) + 4 + 5.2 * len(item[2]) + 14
+        takes = _swatches(item) + 4 + 4.5 * len(item[2]) + 14
         if line and used + takes > width:
             yield line
             line, used = [], 0.0
@@ -150,6 +148,6 @@ def _draw_legend(sheet: Sheet, items: list[LegendItem], y: float) -> None:
             left = x if stacked else x + place * SWATCH
             low, high = (place / len(colours), (place + 1) / len(colours)) if stacked else (0.0, 1.0)
             sheet.boxes((left, left + SWATCH), (y + low * SWATCH, y + high * SWATCH), colour, name="legend")
-        x += _swatches(item) + 4
+        x += _swatches(item) + (4 if colours else 0)
         sheet.text(x, y + SWATCH - 1.5, name, 8, GREY)
         x += sheet.width_of(name, 8) + 14

@@ -132,7 +132,7 @@ def _legend(boxes: Boxes, chunks: int, column: float, apart: bool, width: int, p
         items.append([(f"{'dim' if paint else 'lower case'}: odd chunks", ())])
     items.append([(f"a column is {number(column)} of time", ())])
     if not apart:
-        items.append([("and shows one of the things in it, in proportion", ())])
+        items.append([("showing in turn what ran in it", ())])
     lines, used = [""], 0
     for item in items:
         long = sum(len(text) for text, _ in item) + 2
