@@ -67,8 +67,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--layouts",
         metavar="LIST",
-        help='such as "tp=2,pp=2;dp=2;pp=4,chunks=2,schedule=interleaved": keys of [parallel], where sizes that are not '
-        "named are 1; default: a choice of all legal layouts",
+        help='such as "tp=2,pp=2;dp=2;pp=4,chunks=2,schedule=interleaved": keys of [parallel]; a size that is not '
+        "named is 1; default: a choice of all legal layouts",
     )
     parser.add_argument("--max-ranks", type=int, default=8, metavar="N", help="processes at most (default 8)")
     parser.add_argument(
