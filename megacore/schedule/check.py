@@ -104,17 +104,29 @@ def _check_stages(rows: Rows) -> None:
 
 def _check_computed(rows: Rows) -> Computed:
     """Every stage and microbatch forwards once and, in training, comes back once: by B, by I and W, or in a pair."""
+    _check_size(rows)
     stage, microbatch = rows.back_stage, rows.back_microbatch
     computed = Computed(
         _once(rows, rows.forwards, rows.stage, rows.microbatch, "forwarded"),
         _once(rows, rows.having(Op.BACKWARD, Op.INPUT_GRAD, Op.PAIR), stage, microbatch, "taken back"),
         _once(rows, rows.having(Op.BACKWARD, Op.WEIGHT_GRAD, Op.PAIR), stage, microbatch, "accumulated"),
     )
-    _check_complete(rows, computed.forward, rows.home, Op.FORWARD)
     if rows.schedule.trains:
         _check_complete(rows, computed.back, rows.home, Op.BACKWARD)
         _check_complete(rows, computed.accumulate, rows.home, Op.WEIGHT_GRAD)
     return computed
+
+
+def _check_size(rows: Rows) -> None:
+    """Refuses what lacks a forward; before tables are made, so that a mistyped number cannot make them huge."""
+    num_stages, num_microbatches = len(rows.home), rows.schedule.num_microbatches
+    if len(rows.forwards) < num_stages * num_microbatches:
+        there = np.unique(
+            rows.stage[rows.forwards].astype(np.int64) * num_microbatches + rows.microbatch[rows.forwards]
+        )
+        gaps = np.flatnonzero(there != np.arange(len(there)))
+        stage, microbatch = divmod(int(gaps[0]) if len(gaps) else len(there), num_microbatches)
+        raise ValueError(f"{rows.end(int(rows.home[stage]))}: {Instruction(Op.FORWARD, stage, microbatch)} is missing")
 
 
 def _once(rows: Rows, chosen: Ints, stage: Ints, microbatch: Ints, done: str) -> Ints:

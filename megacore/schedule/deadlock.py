@@ -1,8 +1,9 @@
 """Whether all ranks get to the end of their lists when nobody waits with a buffer: a send and its receive, the two
 sides of tied weights, and the optimizer steps of all ranks each happen at one moment, for which every side stops.
 
-A list that ends this way ends with any buffering (more buffering only lets ranks stop less), so gloo, NCCL and any
-message size are covered.
+Lists that end this way end with any buffering (more of it only lets ranks stop less): gloo, NCCL and any message size
+are covered. Sums over the copies of a rank and gathers of parameters need no walk of their own: copies follow the same
+list, so the one order that is found here serves all of them.
 """
 
 from collections.abc import Sequence

@@ -76,6 +76,11 @@ def test_legal_schedules_are_returned(schedule: Schedule) -> None:
             "rank 0, position 2, W0.0: microbatch 0 of stage 0 is accumulated already, by rank 0, position 1, B0.0",
         ),
         (("F0.0 B0.0 R0 O",), "rank 0, position 4, end of list: F0.1 is missing"),
+        (
+            ("F0.0 F0.0 B0.0 R0 O",),
+            "rank 0, position 1, F0.0: microbatch 0 of stage 0 is forwarded already, by rank 0, ",
+        ),
+        (("F0.0 F1.0 F1.1",), "rank 0, position 3, end of list: F0.1 is missing"),
         (("F0.0 B0.0 F0.1 R0 O",), "rank 0, position 5, end of list: B0.1 is missing"),
         (("F0.0 B0.0 F0.1 I0.1 R0 O",), "rank 0, position 6, end of list: W0.1 is missing"),
         # Messages.
@@ -192,6 +197,12 @@ def test_a_deadlock_names_those_who_wait_to_step() -> None:
 def test_numbers_that_no_text_can_hold_are_refused(instruction: Instruction, message: str) -> None:
     rest = Instructions.parse("F0.0 F0.1 B0.0 B0.1 R0 O")
     assert refusal(Schedule("test", 2, (Instructions.of([instruction, *rest]),))).startswith(message)
+
+
+def test_a_mistyped_microbatch_takes_no_memory() -> None:
+    """A table with a place for each of them would be 16 GB large."""
+    schedule = read("F0.0 F0.2000000000 B0.0 R0 O", num_microbatches=2_000_000_001)
+    assert refusal(schedule) == "rank 0, position 5, end of list: F0.1 is missing"
 
 
 def test_nothing_is_no_schedule() -> None:
