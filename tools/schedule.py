@@ -36,14 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     # numpy is loaded only now, so that --help answers at once.
     from megacore.cost.simulate import simulate
     from megacore.cost.trace import read_timeline, write_trace
-    from megacore.schedule.check import check
-    from megacore.schedule.lower import lower
     from megacore.schedule.text import to_text
 
     measured = read_timeline(Path(arguments.measured)) if arguments.measured else None
     schedule = _schedule(arguments, measured)
-    max_live = None if arguments.max_live is None else [arguments.max_live] * schedule.num_ranks
-    whole = check(lower(schedule, arguments.tied), max_live)
+    whole = _proven(schedule, arguments)
     durations = _durations(arguments, measured)
     predicted = simulate(schedule, durations)
 
@@ -139,7 +136,7 @@ def _schedule(arguments: argparse.Namespace, measured: "Timeline | None") -> "Sc
         elif what.endswith(".txt") or Path(what).is_file():
             found = _read(Path(what))
         else:
-            raise ValueError(f"{what!r} is neither a kind of schedule nor a file.txt; {did_you_mean(what, KINDS)}")
+            raise ValueError(f"{what!r} is neither a kind nor a file.txt; {did_you_mean(what, KINDS)}")
         for name, given, own in (
             ("stages", arguments.stages, found.num_ranks),
             ("microbatches", arguments.microbatches, found.num_microbatches),
@@ -173,6 +170,25 @@ def _read(path: Path) -> "Schedule":
         raise ValueError(f"{path} cannot be read: {error.strerror}; give a file of lists or a kind") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _proven(schedule: "Schedule", arguments: argparse.Namespace) -> "Schedule":
+    """The whole lists, with messages, sums and steps. Raises ValueError where they break a rule."""
+    from megacore.schedule.check import check
+    from megacore.schedule.lower import lower
+
+    max_live = None if arguments.max_live is None else [arguments.max_live] * schedule.num_ranks
+    whole = lower(schedule, arguments.tied)
+    if whole is schedule and arguments.tied:
+        raise ValueError(
+            "--tied adds to lists that only compute; these have messages already: write T there, or leave it out"
+        )
+    try:
+        return check(whole, max_live)
+    except ValueError as error:
+        added = "" if whole is schedule else " (positions count the messages that were added, too)"
+        source = f"{arguments.what}: " if arguments.what and arguments.what != schedule.kind else ""
+        raise ValueError(f"{source}{error}{added}".replace("max_live", "--max-live")) from None
 
 
 def _chunks(schedule: "Schedule") -> int:
@@ -232,15 +248,14 @@ def _summary(predicted: "Timeline", whole: "Schedule", measured: "Timeline | Non
     lines = [
         f"{schedule.kind:<14} {shape}",
         f"instructions   {num_all:,} checked, of which {num_computing:,} compute",
-        f"activations    at most {max(peaks):g} microbatches' on a rank, {peaks[0]:g} on the first",
+        f"activations    at most {max(peaks):g} microbatches' on a rank; {peaks[0]:g} on the first",
     ]
-    for name, each in (("", predicted), ("measured", measured)):
+    for name, each in (("simulated", predicted), ("measured", measured)):
         if each is not None:
-            label = ("predicted" if measured else "") if not name else name
-            worst = max(range(schedule.num_ranks), key=each.rank_idle.__getitem__)
+            idle = max(each.rank_idle)
             lines.append(
-                f"{label or 'time':<14} {each.makespan:g}; bubble {each.bubble_fraction:.2%}; "
-                f"rank {worst} idles {each.rank_idle[worst]:g} between its first and last work, no other more"
+                f"{name:<14} {each.makespan:g} long; bubble {each.bubble_fraction:.2%}; "
+                f"most idle between its own first and last work: rank {each.rank_idle.index(idle)}, {idle:g}"
             )
     return lines
 

@@ -66,12 +66,12 @@ def read_timeline(path: Path, name: str = MEASURED) -> Timeline:
         start, end = (tuple(np.array(r[key], dtype=np.float64) for r in found["ranks"]) for key in ("start", "end"))
         schedule = Schedule(str(found["kind"]), int(found["num_microbatches"]), lists)
     except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read: {error.strerror}; give a timeline.json that a run has written"
-        ) from None
+        raise ValueError(f"{path} cannot be read: {error.strerror}; give the timeline.json of a run") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no {name} timeline ({error!r}); give the timeline.json of a run") from None
-    if not all(len(s) == len(e) == len(rank) for s, e, rank in zip(start, end, lists)):
+        raise ValueError(
+            f"{path} holds no {name} timeline ({type(error).__name__}: {error}); give the timeline.json of a run"
+        ) from None
+    if not all(s.shape == e.shape == (len(rank),) for s, e, rank in zip(start, end, lists)):
         raise ValueError(f"{path} holds another number of times than of instructions; give the timeline.json of a run")
     return Timeline(schedule, start, end)
 
