@@ -184,7 +184,7 @@ def _check_messages(rows: Rows, send: Op, receive: Op, wants: Ints) -> Messages:
 
 
 def _check_channels(rows: Rows) -> None:
-    """A rank receives from another in the order in which that one sends."""
+    """A rank receives from another in the order in which that one sends (if not, that is the cause of a deadlock)."""
     num_ranks = rows.schedule.num_ranks
     narrow = np.min_scalar_type(num_ranks**2)  # 16 bits sort much faster
     sends, receives = rows.having(*SENDS), rows.having(*RECEIVES)

@@ -2,6 +2,7 @@
 the same of every one, legal or not."""
 
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator
 
@@ -197,10 +198,32 @@ def test_generated_schedules_are_legal(which: tuple[str, int, int, int, bool], t
     assert opinion(with_units(base(*which), random.Random(1)), threads) == "legal"
 
 
+@pytest.mark.parametrize(
+    ("ranks", "wrong"),
+    [
+        (("F0.0 SA0.0>1 RA1.0<1", "RA0.0<0 F1.0 SA1.0>0"), "messages are left over"),
+        (("F0.0 SA0.0>1", "RA0.0<0 F1.0 RA0.0<0"), "ranks stand still for ever"),
+        (("F0.0 SA0.0>1 SA0.0>1", "RA0.0<0 F1.0 RA0.0<0"), "messages are left over"),
+        (("RG1.0<1 F0.0 SA0.0>1", "RA0.0<0 F1.0 B1.0 SG1.0>0"), "ranks stand still for ever"),
+        (("F0.0 B0.0 R0 O", "F1.0 B1.0 R1 O"), "its input is not there"),
+        (("F0.0 B0.0 R0",), "a rank has not stepped"),
+        (("F0.0 I0.0 R0 O",), "rank 0, position 2"),
+    ],
+    ids=str,
+)
+def test_the_executor_knows_what_is_wrong(ranks: tuple[str, ...], wrong: str, threads: Threads) -> None:
+    """Of one microbatch; that it stands still is known at once, not after some time."""
+    begin = time.perf_counter()
+    found = why_wrong(Schedule("test", 1, tuple(map(Instructions.parse, ranks))), threads)
+    assert found and wrong in found
+    assert time.perf_counter() - begin < 5
+
+
 @pytest.mark.parametrize("kind", [*EDITS, "mixed"])
 def test_random_mutants(kind: str, threads: Threads) -> None:
     """12,000 in all."""
     seed, count = f"mutants {kind}", Counter[str]()
+    print(f"seed {seed!r}")
     chance = random.Random(seed)
     bases = [base(*which) for which in SMALL + LARGER]
     while count.total() < 2000:
@@ -212,7 +235,7 @@ def test_random_mutants(kind: str, threads: Threads) -> None:
         mutant = of(schedule, lists)
         if mutant != schedule:
             count[opinion(mutant, threads)] += 1
-    print(f"seed {seed!r}: {dict(count)}")
+    print(dict(count))
     assert count["legal"] >= 100 and count["illegal"] >= 1000, count
 
 
