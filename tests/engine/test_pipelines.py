@@ -13,6 +13,8 @@ from megacore.schedule.generators.generate import generate
 from megacore.schedule.instruction import SENDS
 from megacore.schedule.live import peak_activations
 from megacore.schedule.lower import lower
+from megacore.spec.activations import activation_bytes
+from megacore.spec.stages import layers_of_stages
 from tests.engine.common import (
     Part,
     assemble,
@@ -24,6 +26,7 @@ from tests.engine.common import (
     step_of,
     worst_difference,
 )
+from tests.model.stages import allocated
 from tests.pool import WorkerPool
 
 SIX_LAYERS = ("model.num_layers=6", "train.micro_batch_size=1")
@@ -192,3 +195,23 @@ def test_nothing_but_activations_and_their_gradients_travels(pool: WorkerPool, s
         assert records[: len(sends)] == sends
         assert sorted(records[len(sends) :])[1:] == [("pp", "all_reduce", 2)]
         assert sorted(records[len(sends) :])[0][:2] == ("model", "all_reduce")
+
+
+def peak_bytes_of_rank(rank: int, world_size: int, config: RunConfig) -> int:
+    built = built_rank(rank, world_size, config)
+    step_of(built, step=1)
+    return allocated(lambda: step_of(built, step=2))[1]
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_memory_follows_the_activations_that_the_schedule_keeps(pool: WorkerPool, recompute: str) -> None:
+    """On the first rank GPipe keeps all 8 microbatches and 1F1B 2: they differ by what the blocks of 6 keep."""
+    run = (*SIX_LAYERS, f"parallel.recompute={recompute}", "model.hidden_size=96", "model.head_dim=24")
+    peaks = []
+    for schedule in ("gpipe", "1f1b"):
+        config = run_config(2, *run, *pipeline(schedule, 2, 1))
+        peaks.append(pool.run(peak_bytes_of_rank, 2, 2, config)[0])
+    model, seq_len = config.model, config.train.seq_len
+    of_block = activation_bytes(model, seq_len, 1, recompute=recompute, dtype_bytes=8)
+    of_stage = len(layers_of_stages(model, seq_len, 2)[0]) * of_block
+    assert (peaks[0] - peaks[1]) / (8 - 2) == pytest.approx(of_stage, rel=0.08)
