@@ -31,12 +31,12 @@ def timeline(kind="1f1b", ranks=4, microbatches=8, chunks=0, **durations):
 
 
 def drawn(path):
-    """Group's name -> its outlines; the texts, which matplotlib leaves as comments beside their outlines."""
+    """Name -> the outlines of all groups of that name; the texts, which stand as comments beside their outlines."""
     text = path.read_text(encoding="utf-8")
     groups = {}
     for group in ElementTree.fromstring(text).iter(f"{SVG}g"):
         outlines = [each.get("d", "") for each in group.iter(f"{SVG}path")]
-        groups.setdefault(group.get("id"), []).extend(outlines)
+        groups.setdefault((group.get("id") or "").split(".")[0].replace("-", " "), []).extend(outlines)
     return groups, re.findall(r"<!-- (.*?) -->", text)
 
 
@@ -64,9 +64,8 @@ def test_every_computation_is_drawn_once(tmp_path, kind, chunks):
     save_picture(tmp_path / "a.svg", given)
     groups, _ = drawn(tmp_path / "a.svg")
     expected = {f"{NAMES[op]} {chunk}": count for (op, chunk), count in counts(given.schedule).items()}
-    computing = [name for name in groups if re.fullmatch(r"(forward|backward|.* gradient) \d", name or "")]
+    computing = [name for name in groups if re.fullmatch(r"(forward|backward|.* gradient) \d", name)]
     assert {name: count_boxes(groups, name) for name in computing} == expected
-    assert count_boxes(groups, "idle") >= 4
     assert count_boxes(groups, "optimizer") == (4 if given.schedule.trains else 0)
 
 
@@ -88,14 +87,15 @@ def test_numbers_stand_in_boxes_that_have_room_for_them(tmp_path):
     width = float(tree.get("viewBox").split()[2])
     found = {}
     for group in tree.iter(f"{SVG}g"):
-        if (group.get("id") or "").startswith("microbatch"):
+        name = (group.get("id") or "").split(".")[0]
+        if name.startswith("microbatch"):
             uses = list(group.iter(f"{SVG}use"))
             assert all(0 < float(use.get("x")) < width for use in uses)
-            found[group.get("id")] = found.get(group.get("id"), 0) + len(uses)
-    assert found == {f"microbatch {number}": 8 for number in range(8)}  # forward and backward on 4 ranks
+            found[name] = found.get(name, 0) + len(uses)
+    assert found == {f"microbatch-{number}": 8 for number in range(8)}  # forward and backward on 4 ranks
 
     save_picture(tmp_path / "many.svg", timeline("1f1b", 4, 200))
-    assert not any((name or "").startswith("microbatch") for name in drawn(tmp_path / "many.svg")[0])
+    assert not any(name.startswith("microbatch") for name in drawn(tmp_path / "many.svg")[0])
 
 
 def test_title_figures_and_legend(tmp_path):
@@ -134,6 +134,36 @@ def test_predicted_above_measured_on_one_axis(tmp_path):
 def test_measured_alone(tmp_path):
     save_picture(tmp_path / "a.svg", None, timeline(forward=20.0, backward=40.0))
     assert "time (s)" in drawn(tmp_path / "a.svg")[1]
+
+
+def longest(tmp_path, title):
+    """Rightmost point of any text of a picture, in points."""
+    save_picture(tmp_path / "a.png", timeline(), title=title)
+    import matplotlib.image
+
+    pixels = matplotlib.image.imread(tmp_path / "a.png")[:70, :, :3]
+    return int(np.flatnonzero((pixels < 0.9).any(axis=(0, 2))).max()) / pixels.shape[1]
+
+
+def test_a_long_title_stays_on_the_page(tmp_path):
+    assert longest(tmp_path, "short") < 0.2
+    assert 0.8 < longest(tmp_path, "A long title, of many wide words " * 4) < 0.98
+
+
+@pytest.mark.parametrize(("ranks", "microbatches", "forward"), [(1, 1, 1.0), (2, 3, 0.0), (70, 4, 1.0)])
+def test_odd_timelines_are_drawn(tmp_path, ranks, microbatches, forward):
+    given = timeline("1f1b", ranks, microbatches, forward=forward)
+    save_picture(tmp_path / "a.svg", given)
+    groups, _ = drawn(tmp_path / "a.svg")
+    assert count_boxes(groups, "ground") == ranks
+    assert len(terminal_picture(given, 80, None)) >= ranks + 3
+
+
+def test_names_in_an_svg_are_its_own(tmp_path):
+    save_picture(tmp_path / "a.svg", timeline("zb-v"), timeline("zb-v"))
+    ids = [each.get("id") for each in ElementTree.parse(tmp_path / "a.svg").iter() if each.get("id")]
+    assert len(ids) == len(set(ids)) > 20
+    assert not [each for each in ids if " " in each]
 
 
 def test_same_picture_same_bytes(tmp_path):

@@ -102,7 +102,7 @@ def draw_panel(sheet: Sheet, panel: Panel, frame: Frame, note: str, live: bool) 
     sheet.text(frame.left + (sheet.width_of(panel.name, 9) + 12 if panel.name else 0), head, note, 8, GREY)
     ranks = np.arange(panel.num_ranks)
     right = frame.left + panel.timeline.makespan * frame.scale
-    sheet.boxes((frame.left, right), (frame.y(ranks, 0.0), frame.y(ranks, 1.0)), IDLE, name="idle")
+    sheet.boxes((frame.left, right), (frame.y(ranks, 0.0), frame.y(ranks, 1.0)), IDLE, name="ground")
     for rank in ranks.tolist():
         _label(sheet, frame, rank, frame.left - 6, str(rank), GREY, ha="right")
     if panel.merged(frame.scale):

@@ -59,7 +59,8 @@ def _draw(panels: list[Panel], title: str | None, unit: str, factor: float) -> S
     legend = list(_lines_of_legend(panels, width / span, full - 2 * MARGIN))
     top = legend_top + LEGEND_LINE * len(legend) + 8
     sheet = Sheet(full, top + sum(panel.height for panel in panels) + MARGIN)
-    sheet.text(MARGIN, MARGIN + 10, heading, 12.5, fontweight="bold")
+    room = (full - 2 * MARGIN) / (1.2 * sheet.width_of(heading, 1.0))  # bold is wider
+    sheet.text(MARGIN, MARGIN + 10, heading, min(12.5, room), fontweight="bold")
     sheet.text(MARGIN, MARGIN + 26, "   ".join(subtitles), 9, GREY)
     for line, items in enumerate(legend):
         _draw_legend(sheet, items, legend_top + LEGEND_LINE * line)

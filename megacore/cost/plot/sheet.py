@@ -1,5 +1,6 @@
 """A sheet of paper measured in points, from its upper left corner; the only file here that knows matplotlib."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class Sheet:
         FigureCanvasAgg(self._figure)  # draws without a display and without pyplot's global state
         self._axes: Any = self._figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), frame_on=False)
         self._axes.set_axis_off()
+        self._names: Counter[str] = Counter()
 
     def boxes(self, x: Sides, y: Sides, colour: str, **style: Any) -> None:
         """Rectangles from x[0] to x[1] and y[0] to y[1], of one colour, as one artist.
@@ -62,7 +64,7 @@ class Sheet:
             facecolor=colour,
             linewidth=0,
         )
-        stamps.set_gid(name)
+        self._name(stamps, name)
         self._axes.add_collection(stamps, autolim=False)
 
     def text(self, x: float, y: float, text: str, size: float = 8, colour: str = INK, **style: Any) -> None:
@@ -102,8 +104,14 @@ class Sheet:
             joinstyle="miter",
             clip_on=False,
         )
-        patch.set_gid(style.get("name"))
+        self._name(patch, style.get("name", "shape"))
         self._axes.add_patch(patch)
+
+    def _name(self, artist: Any, name: str) -> None:
+        """The id of the svg's group: "idle", "idle.2", "idle.3" for what bears one name."""
+        name = name.replace(" ", "-")
+        self._names[name] += 1
+        artist.set_gid(name if self._names[name] == 1 else f"{name}.{self._names[name]}")
 
     @staticmethod
     def _font(size: float) -> Any:
