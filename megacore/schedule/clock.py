@@ -16,7 +16,7 @@ def clock(rows: Rows) -> tuple[Ints, Ints]:
     Raises ValueError with rank, position, instruction and reason where ranks wait for each other, and where a stage or
     a microbatch is not forwarded.
     """
-    num_rows, num_stages, num_microbatches = len(rows.op), len(rows.home), rows.schedule.num_microbatches
+    num_stages, num_microbatches = len(rows.home), rows.schedule.num_microbatches
     _check_numbers(rows, num_stages, num_microbatches)
     forwards, backs = rows.forwards, rows.having(Op.BACKWARD, Op.INPUT_GRAD, Op.PAIR)
     # The next stage's key is one stage's worth of microbatches further.
@@ -24,48 +24,58 @@ def clock(rows: Rows) -> tuple[Ints, Ints]:
     taken_back = rows.back_stage[backs].astype(np.int64) * num_microbatches + rows.back_microbatch[backs]
     _check_complete(rows, forwarded, num_stages, num_microbatches)
 
-    def needed(found: Ints, keys: Ints, step: int) -> list[int]:
-        """[rows] The row that makes what is ``step`` keys on; ``num_rows`` where nothing is needed."""
-        maker = np.full(num_stages * num_microbatches, num_rows)
-        maker[keys] = found
+    # A pair takes two steps: its front, which takes no time, and its back, which takes all. So a step has one need.
+    pair = rows.op == Op.PAIR
+    last = np.cumsum(1 + pair) - 1
+    num_steps = len(pair) + np.count_nonzero(pair)
+    needs = np.full(num_steps, num_steps)
+    for found, keys, step, at in (
+        (forwards, forwarded, -num_microbatches, last[forwards] - pair[forwards]),
+        (backs, taken_back, num_microbatches, last[backs]),
+    ):
+        maker = np.full(num_stages * num_microbatches, num_steps)
+        maker[keys] = last[found]
         inside = (keys + step >= 0) & (keys + step < len(maker))
-        makers = np.full(num_rows, num_rows)
-        makers[found[inside]] = maker[keys[inside] + step]
-        return makers.tolist()
+        needs[at[inside]] = maker[keys[inside] + step]
+    takes = np.zeros(num_steps, dtype=np.int64)
+    takes[last] = np.array(TICKS)[rows.op]
 
-    return _walk(rows, needed(forwards, forwarded, -num_microbatches), needed(backs, taken_back, num_microbatches))
+    end, waiting = _walk(np.append(0, last + 1)[rows.begin].tolist(), needs.tolist(), takes.tolist())
+    if waiting:
+        row = np.repeat(np.arange(len(pair)), 1 + pair)
+        told = [f"{rows.place(row[step])} waits for {rows.place(row[need])}" for step, need in sorted(waiting)]
+        raise ValueError("\n".join([f"{rows.place(row[min(waiting)[0]])}: ranks wait for each other:", *told]))
+    ends = np.array(end)[last]
+    return ends - takes[last], ends
 
 
-def _walk(rows: Rows, activation: list[int], gradient: list[int]) -> tuple[Ints, Ints]:
-    """A rank walks on until it needs what is not there; whoever makes that wakes it."""
-    begin = rows.begin.tolist()
-    ticks = np.array(TICKS)[rows.op].tolist()
-    start, end = [0] * len(ticks), [-1] * len(ticks) + [0]
-    reached, now = begin[:-1], [0] * (len(begin) - 1)
+def _walk(first: list[int], needs: list[int], takes: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    """(end [steps + 1], the step and its need of each rank that never gets on). Rank r has steps ``first[r]`` to
+    ``first[r + 1]``; a need of ``steps`` is none.
+
+    A rank walks on until it needs what is not there; whoever makes that wakes it.
+    """
+    never = sum(takes) + 1
+    end = [never] * len(takes) + [0]
+    reached, clock = first[:-1], [0] * (len(first) - 1)
     waiting: dict[int, list[int]] = {}
-    able = list(range(len(now)))
+    able = list(range(len(clock)))
     while able:
         rank = able.pop()
-        time = now[rank]
-        for row in range(reached[rank], begin[rank + 1]):
-            one, other = end[activation[row]], end[gradient[row]]
-            if one < 0 or other < 0:
-                waiting.setdefault(activation[row] if one < 0 else gradient[row], []).append(rank)
-                now[rank], reached[rank] = time, row
-                break
-            if one > time:
-                time = one
-            if other > time:
-                time = other
-            start[row] = time
-            end[row] = time = time + ticks[row]
-            if row in waiting:
-                able += waiting.pop(row)
-    if waiting:
-        blocked = {reached[rank]: maker for maker, ranks in waiting.items() for rank in ranks}
-        told = [f"{rows.place(row)} waits for {rows.place(blocked[row])}" for row in sorted(blocked)]
-        raise ValueError("\n".join([f"{rows.place(min(blocked))}: ranks wait for each other:", *told]))
-    return np.array(start), np.array(end[:-1])
+        now = clock[rank]
+        for step in range(reached[rank], first[rank + 1]):
+            there = end[needs[step]]
+            if there > now:
+                if there == never:
+                    waiting.setdefault(needs[step], []).append(rank)
+                    clock[rank], reached[rank] = now, step
+                    break
+                now = there
+            now += takes[step]
+            end[step] = now
+            if step in waiting:
+                able += waiting.pop(step)
+    return end, [(reached[rank], need) for need, ranks in waiting.items() for rank in ranks]
 
 
 def _check_numbers(rows: Rows, num_stages: int, num_microbatches: int) -> None:

@@ -30,9 +30,8 @@ class _Word(NamedTuple):
 def to_text(schedule: Schedule) -> str:
     """One line per rank, under a comment that says what they are."""
     title = f"# {schedule.kind}: {schedule.num_ranks} ranks, {schedule.num_microbatches} microbatches"
-    return (
-        "\n".join([title, *(" ".join([f"{rank}:", *words(each)]) for rank, each in enumerate(schedule.ranks))]) + "\n"
-    )
+    lines = [" ".join([f"{rank}:", *words(instructions)]) for rank, instructions in enumerate(schedule.ranks)]
+    return "\n".join([title, *lines]) + "\n"
 
 
 def from_text(text: str, kind: str = "file") -> Schedule:
@@ -68,11 +67,11 @@ def _parse(line: int, word: str) -> _Word:
         raise ValueError(f"line {line}: {error}") from None
 
 
-def _check_numbers(words: list[_Word]) -> int:
+def _check_numbers(found: list[_Word]) -> int:
     """The number of microbatches. Tables are as long as stages and microbatches are many: a slip must not make a huge
     one, so no number may be beyond what the forwards can fill."""
-    forwards = [word.instruction for word in words if word.instruction.op in (Op.FORWARD, Op.PAIR)]
-    for word in words:
+    forwards = [word.instruction for word in found if word.instruction.op in (Op.FORWARD, Op.PAIR)]
+    for word in found:
         op, stage, microbatch, *_, back_stage, back_microbatch = word.instruction
         if max(stage, microbatch, back_stage, back_microbatch) >= max(len(forwards), 1) and op is not Op.OPTIMIZE:
             raise word.fault(f"all ranks together have {len(forwards)} forwards, so no number can be that high")
