@@ -1,16 +1,18 @@
-"""`megacore bench`: measures, always as a ratio to another implementation in the same run."""
+"""`megacore bench`: measures, always beside another implementation or a prediction, in the same run."""
 
 import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megacore.bench.harness import Comparison
-
-MEASURE_TRAIN = "megacore.bench.train:measure"
+    from megacore.bench.bubble import Bubble
+    from megacore.bench.harness import AnyCase, Comparison
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,37 +20,63 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if arguments.rounds < 1:
         raise ValueError(f"--rounds={arguments.rounds} must be at least 1")
-    from megacore.bench import report
+    from megacore.bench.report import machine
 
-    machine = report.machine()
-    comparisons = arguments.measure(arguments)
+    on = machine()
+    found = arguments.measure(arguments)
+    report = import_module(arguments.report)
     if arguments.output:
-        report.write(Path(arguments.output), arguments.benchmark, comparisons, machine)
+        report.write(Path(arguments.output), arguments.benchmark, found, on)
     if arguments.json:
-        print(json.dumps({"machine": machine, "comparisons": [report.as_dict(one) for one in comparisons]}, indent=1))
+        print(json.dumps({"machine": on, arguments.found: [report.as_dict(one) for one in found]}, indent=1))
     else:
-        print(report.table(comparisons))
+        print(report.table(found))
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="megacore bench", description=__doc__.partition(": ")[2])
-    groups = parser.add_subparsers(dest="benchmark", required=True, metavar="{data,train}")
+    parser.set_defaults(report="megacore.bench.report", found="comparisons")
+    groups = parser.add_subparsers(dest="benchmark", required=True, metavar="{data,train,pipeline,bubble}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print JSON instead of a table")
     common.add_argument("--output", metavar="FOLDER", help="also write JSON and CSV there")
+    cases = argparse.ArgumentParser(add_help=False)
+    cases.add_argument("--case", action="append", metavar="NAME", help="only this case; may be given again")
+    keys = argparse.ArgumentParser(add_help=False)
+    keys.add_argument("overrides", nargs="*", metavar="key=value", help="model.*, train.* and optim.* keys of a run")
+
     data = groups.add_parser(
         "data", parents=[common], help="building sample indices against megatron-core, tokenising against libraries"
     )
     data.add_argument("--case", default="", metavar="WORDS", help="only those whose name contains this")
     data.add_argument("--rounds", type=int, default=7, help="timed runs of each side (default 7)")
     data.set_defaults(measure=measure_data)
-    step = groups.add_parser("train", parents=[common], help="a training step: one process, tp=2, dp=2")
-    step.add_argument("overrides", nargs="*", metavar="key=value", help="model.*, train.* and optim.* keys of a run")
-    step.add_argument("--case", action="append", metavar="NAME", help="only this case; may be given again")
+    step = groups.add_parser("train", parents=[common, cases, keys], help="a training step: one process, tp=2, dp=2")
     step.add_argument("--rounds", type=int, default=30, help="timed steps of each side (default 30)")
     step.set_defaults(measure=measure_train)
+    pipeline = groups.add_parser(
+        "pipeline",
+        parents=[common, cases, keys],
+        help="a training step at pp=2 and 4 against torch.distributed.pipelining",
+    )
+    pipeline.add_argument("--rounds", type=int, default=20, help="timed steps of each side (default 20)")
+    pipeline.set_defaults(measure=measure_pipeline)
+    bubble = groups.add_parser(
+        "bubble", parents=[common, cases], help="the idle share of pipelines of sleeping stages against the simulator's"
+    )
+    bubble.add_argument("--rounds", type=int, default=5, help="measured steps (default 5)")
+    bubble.add_argument("--microbatches", type=int, default=8, metavar="N", help="of each step (default 8)")
+    bubble.add_argument(
+        "--milliseconds",
+        type=float,
+        nargs=3,
+        default=(50.0, 50.0, 50.0),
+        metavar=("F", "I", "W"),
+        help="of a stage's forward, input gradient and weight gradient (default 50 50 50)",
+    )
+    bubble.set_defaults(measure=measure_bubble, report="megacore.bench.bubble_report", found="bubbles")
     return parser
 
 
@@ -72,20 +100,62 @@ def measure_data(arguments: argparse.Namespace) -> list["Comparison"]:
 
 def measure_train(arguments: argparse.Namespace) -> list["Comparison"]:
     """Training steps: each case on fresh processes."""
-    from megacore.bench.train import CASES, case_named, collect, configure
-    from megacore.launch.processes import run_local
+    from megacore.bench.train import CASES, collect, configure
 
     config = configure(arguments.overrides)
     comparisons = []
-    for case in [case_named(name) for name in arguments.case] if arguments.case else CASES:
-        sys.stderr.write(f"{case.name} ...\n")
-        with tempfile.TemporaryDirectory(prefix="megacore-bench-") as folder:
-            result = Path(folder) / "seconds.json"
-            code = run_local(MEASURE_TRAIN, (case.name, config, arguments.rounds, str(result)), case.nproc)
-            if code:  # the cause has been told
-                raise SystemExit(code)
+    for case in chosen(arguments.case, CASES):
+        with ranks("megacore.bench.train:measure", case.nproc, case.name, config, arguments.rounds) as result:
             comparisons.append(collect(case, config, result))
     return comparisons
+
+
+def measure_pipeline(arguments: argparse.Namespace) -> list["Comparison"]:
+    """Training steps of pipelines: each case on fresh processes."""
+    from megacore.bench.pipeline import CASES, SHAPE, collect
+    from megacore.bench.train import configure
+
+    config = configure([*SHAPE, *arguments.overrides])
+    comparisons = []
+    for case in chosen(arguments.case, CASES):
+        with ranks("megacore.bench.pipeline:measure", case.pp, case.name, config, arguments.rounds) as result:
+            comparisons.append(collect(case, config, result))
+    return comparisons
+
+
+def measure_bubble(arguments: argparse.Namespace) -> list["Bubble"]:
+    """Pipelines of sleeping stages: each case on fresh processes."""
+    from megacore.bench.bubble import CASES, check_settings, collect
+
+    number = arguments.microbatches
+    seconds = check_settings(arguments.milliseconds, number)
+    bubbles = []
+    for case in chosen(arguments.case, CASES):
+        told = case.name, seconds, number, arguments.rounds
+        with ranks("megacore.bench.bubble:measure", case.pp, *told) as result:
+            bubbles.append(collect(case, seconds, number, result))
+    return bubbles
+
+
+def chosen(names: Sequence[str] | None, cases: Sequence["AnyCase"]) -> Sequence["AnyCase"]:
+    """The cases of these names; all of them if none is named."""
+    from megacore.bench.harness import case_named
+
+    return [case_named(name, cases) for name in names] if names else cases
+
+
+@contextmanager
+def ranks(measure: str, nproc: int, name: str, *arguments: Any) -> Iterator[Path]:
+    """Runs ``measure`` (module:function) for the case ``name`` on new processes; gives the file of its result."""
+    from megacore.launch.processes import run_local
+
+    sys.stderr.write(f"{name} ...\n")
+    with tempfile.TemporaryDirectory(prefix="megacore-bench-") as folder:
+        result = Path(folder) / "result.json"
+        code = run_local(measure, (name, *arguments, str(result)), nproc)
+        if code:  # the cause has been told
+            raise SystemExit(code)
+        yield result
 
 
 if __name__ == "__main__":

@@ -10,6 +10,17 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+
+class Case(Protocol):
+    """Something to be measured, of a set that can be asked for by name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+AnyCase = TypeVar("AnyCase", bound=Case)
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,14 @@ class Comparison:
     def ratios(self) -> dict[str, Ratio]:
         """Baseline -> ratio, for every side but ours."""
         return {side.name: self.ratio(side.name) for side in self.sides if side.name != self.ours}
+
+
+def case_named(name: str, cases: Sequence[AnyCase]) -> AnyCase:
+    """The case of that name. Raises ValueError if there is none."""
+    for case in cases:
+        if case.name == name:
+            return case
+    raise ValueError(f"there is no case {name!r}; the cases are {', '.join(case.name for case in cases)}")
 
 
 def quartiles_of(values: Sequence[float]) -> tuple[float, float]:

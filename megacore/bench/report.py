@@ -110,18 +110,25 @@ def table(comparisons: Sequence[Comparison]) -> str:
 
 def write(folder: Path, name: str, comparisons: Sequence[Comparison], on: Mapping[str, object]) -> list[Path]:
     """Write NAME.json (everything) and NAME.csv (one line per side) into `folder`; returns the two paths."""
+    rows = [as_dict(one) for one in comparisons]
+    columns = ("benchmark", "side", "rounds", "best_s", "first_quartile_s", "median_s", "third_quartile_s")
+    ratios = ("ours_faster_best", "ours_faster_median", "ours_faster_rounds")
+    lines = []
+    for row in rows:
+        for side in row["sides"]:
+            ratio = row["ratios"].get(side["side"])
+            values = [ratio[key] for key in ("best", "median", "rounds")] if ratio else ["", "", ""]
+            lines.append([row["name"], *(side[column] for column in columns[1:]), *values])
+    return store(folder, name, {"machine": on, "comparisons": rows}, (*columns, *ratios), lines)
+
+
+def store(
+    folder: Path, name: str, everything: Mapping[str, object], columns: Sequence[str], lines: Sequence[Sequence[object]]
+) -> list[Path]:
+    """Write NAME.json and NAME.csv into `folder`, which is made if need be; returns the two paths."""
     folder.mkdir(parents=True, exist_ok=True)
     as_json, as_csv = folder / f"{name}.json", folder / f"{name}.csv"
-    rows = [as_dict(one) for one in comparisons]
-    as_json.write_text(json.dumps({"machine": on, "comparisons": rows}, indent=1) + "\n")
+    as_json.write_text(json.dumps(everything, indent=1) + "\n")
     with as_csv.open("w", newline="") as file:
-        columns = ["benchmark", "side", "rounds", "best_s", "first_quartile_s", "median_s", "third_quartile_s"]
-        ratios = ["ours_faster_best", "ours_faster_median", "ours_faster_rounds"]
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*columns, *ratios])
-        for row in rows:
-            for side in row["sides"]:
-                ratio = row["ratios"].get(side["side"])
-                values = [ratio[key] for key in ("best", "median", "rounds")] if ratio else ["", "", ""]
-                writer.writerow([row["name"], *(side[column] for column in columns[1:]), *values])
+        csv.writer(file, lineterminator="\n").writerows([columns, *lines])
     return [as_json, as_csv]

@@ -19,7 +19,7 @@ from megacore.bench.baselines.ddp import ddp_step
 from megacore.bench.baselines.dtensor_tp import PLANS, dtensor_step
 from megacore.bench.baselines.hf_llama import hf_step
 from megacore.bench.baselines.plain_llama import PlainLlama, Step, training_step
-from megacore.bench.harness import Comparison, alternate, comparison, slowest_rank
+from megacore.bench.harness import Comparison, alternate, case_named, comparison, slowest_rank
 from megacore.config.load import load
 from megacore.config.resolve import resolve
 from megacore.config.schema import ParallelConfig, RunConfig
@@ -109,14 +109,6 @@ def configure(overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
-def case_named(name: str) -> Case:
-    """The case of that name. Raises ValueError if there is none."""
-    for case in CASES:
-        if case.name == name:
-            return case
-    raise ValueError(f"there is no case {name!r}; the cases are {', '.join(case.name for case in CASES)}")
-
-
 def lay_out(config: RunConfig, case: Case, parallel: ParallelConfig) -> RunConfig:
     """The engine's resolved run: one microbatch per rank and step, as the baselines have."""
     ranks = max(1, parallel.dp)
@@ -158,7 +150,7 @@ def batch_of(config: RunConfig, case: Case, rank: int) -> tuple[Tensor, Tensor]:
 
 def measure(info: RankInfo, case_name: str, config: RunConfig, rounds: int, result: str) -> None:
     """One rank's part of a case; rank 0 writes the seconds of every side and round to the JSON file `result`."""
-    case = case_named(case_name)
+    case = case_named(case_name, CASES)
     torch.set_num_threads(case.threads)
     process_group.start(info, torch.device("cpu"))
     try:
@@ -182,12 +174,12 @@ def bind(step: Step, tokens: Tensor, labels: Tensor) -> Callable[[], Tensor]:
     return lambda: step(tokens, labels)
 
 
-def check_losses(losses: Mapping[str, float]) -> None:
-    """Refuse to time sides that do not compute the same thing."""
+def check_losses(losses: Mapping[str, float], tolerance: float = SAME_LOSS) -> None:
+    """Refuse to time sides that do not compute the same thing: losses differ by more than this share."""
     ours = losses[OURS]
-    wrong = {name: loss for name, loss in losses.items() if not math.isclose(loss, ours, rel_tol=SAME_LOSS)}
+    wrong = {name: loss for name, loss in losses.items() if not math.isclose(loss, ours, rel_tol=tolerance)}
     if wrong:
-        raise RuntimeError(f"the sides compute different losses: {OURS} {ours:.4f}, {wrong}")
+        raise RuntimeError(f"the sides compute different losses: {OURS} {ours}, {wrong}")
 
 
 def collect(case: Case, config: RunConfig, result: Path) -> Comparison:

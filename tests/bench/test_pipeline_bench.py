@@ -1,6 +1,8 @@
 """`megacore bench pipeline` compares programs that compute the same thing."""
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,13 @@ from torch.nn import functional
 
 from megacore.bench.baselines.plain_llama import PlainLlama, training_step
 from megacore.bench.baselines.torch_pipelining import TorchPipeline
+from megacore.bench.harness import case_named
+from megacore.bench.pipeline import CASES, SHAPE, batch_of, engine_step, lay_out, torch_step
+from megacore.bench.train import OURS, configure
 from megacore.config.schema import ModelConfig, OptimConfig
+from megacore.mesh.rank_info import RankInfo
+from megacore.tools import bench
+from megacore.train.build import build
 from tests.pool import WorkerPool
 
 MODEL = ModelConfig(
@@ -82,3 +90,58 @@ def inference_modes(rank: int, schedule: str, cut: tuple[range, ...]) -> list[st
 @SCHEDULES
 def test_torch_pipelining_asks_nobody_for_shapes(pool: WorkerPool, schedule: str, cut: tuple[range, ...]) -> None:
     assert {mode for modes in pool.run(inference_modes, 2, schedule, cut) for mode in modes} == {"static"}
+
+
+TINY = (
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "model.ffn_hidden_size=48",
+    "model.num_heads=4",
+    "model.num_kv_heads=2",
+    "model.vocab_size=64",
+    "train.seq_len=16",
+    "train.global_batch_size=4",
+)
+
+
+@pytest.mark.parametrize("case", ["1f1b-pp2", "interleaved-pp2"])
+def test_a_case_runs_and_is_kept(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["pipeline", *TINY, "--case", case, "--rounds", "2", "--json", "--output", str(tmp_path)]
+    assert bench.main(arguments) == 0
+    shown = json.loads(capfd.readouterr().out)
+    (comparison,) = shown["comparisons"]
+    assert comparison["name"] == case and comparison["settings"]["microbatches"] == 4
+    assert [side["side"] for side in comparison["sides"]][0] == OURS
+    assert all(side["rounds"] == 2 and side["best_s"] > 0 for side in comparison["sides"])
+    assert comparison["ratios"].keys() == {f"torch, {rival}" for rival in case_named(case, CASES).rivals}
+    assert json.loads((tmp_path / "pipeline.json").read_text()) == shown
+
+
+def first_losses(rank: int, case_name: str) -> list[tuple[float, float]]:
+    """(the engine's, torch's) of two steps, on the rank that knows both."""
+    case = case_named(case_name, CASES)
+    config = lay_out(configure([*SHAPE, *TINY]), case)
+    built = build(config, RankInfo(rank, case.pp, rank, case.pp), torch.device("cpu"))
+    ours, theirs = engine_step(built), torch_step(built, case.schedule)
+    pairs = [(ours(*batch_of(config)), theirs(*batch_of(config))) for _ in range(2)]
+    return [(our.item(), their.item()) for our, their in pairs if our is not None and their is not None]
+
+
+@pytest.mark.parametrize("case", ["1f1b-pp4", "interleaved-pp2"])
+def test_both_sides_start_from_the_same_weights(pool: WorkerPool, case: str) -> None:
+    *others, last = pool.run(first_losses, case_named(case, CASES).pp, case)
+    assert not any(others)
+    (our_first, their_first), (our_next, their_next) = last
+    assert our_first == pytest.approx(their_first, rel=1e-5) and our_next == pytest.approx(their_next, rel=1e-4)
+    assert our_next < our_first
+
+
+def test_an_unknown_case_is_refused() -> None:
+    with pytest.raises(ValueError, match="there is no case 'gpipe-pp2'; the cases are 1f1b-pp2, interleaved-pp2"):
+        bench.main(["pipeline", "--case", "gpipe-pp2"])
+
+
+def test_microbatches_that_torch_cannot_schedule_are_refused() -> None:
+    config = configure([*SHAPE, *TINY, "train.global_batch_size=6"])
+    with pytest.raises(ValueError, match="train.global_batch_size=6 must be a multiple of 4 here"):
+        lay_out(config, case_named("1f1b-pp4", CASES))

@@ -47,7 +47,7 @@ class LlamaStage(nn.Module):
 class TorchPipeline:
     """A training step of ``whole``, whose stage i holds the layers ``cut[i]`` and lives on rank i % ranks of ``group``.
 
-    ``micro_batch``: (samples, length) of one microbatch. ``schedule``: 1f1b (one stage a rank) or interleaved. Every rank
+    ``micro_batch``: (samples, length) of one. ``schedule``: 1f1b (one stage a rank) or interleaved. Every rank
     gives the same batch: tokens and labels [b, s].
     """
 
