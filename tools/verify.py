@@ -90,7 +90,7 @@ def naming_the_layout(plan: "Plan", folder: str) -> Iterator[None]:
     """If this ends before its time, say in which layout."""
     try:
         yield
-    except BaseException:
+    except BaseException:  # also SystemExit, by which a failed rank ends the command
         turns = [int(sign.name.partition("-")[2]) for sign in Path(folder).glob("turn-*")]
         if turns:
             trial = plan.computed[max(turns)]
@@ -101,13 +101,12 @@ def naming_the_layout(plan: "Plan", folder: str) -> Iterator[None]:
 
 def as_json(plan: "Plan", outcomes: list["Outcome"]) -> dict[str, Any]:
     """Everything that the screen shows."""
-    t = plan.model.train
     return {
         "agree": all(one.agrees for one in outcomes),
         "twin": plan.twin or None,
         "data": plan.data,
-        "dtype": plan.trials[0].config.precision.dtype,
-        "microbatches": t.global_batch_size // t.micro_batch_size,
+        "dtype": plan.dtype,
+        "microbatches": plan.num_microbatches,
         "left_out": max(0, plan.num_legal - len(plan.trials)),
         "layouts": [one.to_json() for one in outcomes],
     }

@@ -75,6 +75,7 @@ class Yardstick:
                 f"one process alone has the loss {loss} and the gradient norm {grad_norm}: nothing can be compared "
                 "with that; verify a run that trains"
             )
+        folder.mkdir()
         wholes, floors = _whole_buffers(built.spec, folder), {}
         for what, buffer in _buffers(built):
             for name, view in buffer.views().items():

@@ -27,11 +27,16 @@ FEW = 2
 
 @dataclass(frozen=True)
 class Trial:
-    """A layout on trial: its words for ``--layouts``, a short name for people, and its complete run of one step."""
+    """One layout's complete run of one step, its words for ``--layouts`` and a short name for people.
+
+    ``role`` is ``exact`` for one process in float64, which others are held against, ``own`` for one process in the
+    run's dtype (with --as-run), else ``tried``.
+    """
 
     text: str
     label: str
     config: RunConfig
+    role: str
 
     @property
     def num_ranks(self) -> int:
@@ -49,30 +54,43 @@ class Trial:
         t = self.config.train
         return t.global_batch_size // (t.micro_batch_size * max(1, self.config.parallel.dp))
 
+    @property
+    def model(self) -> str:
+        """Who has the same computes the same: twins differ by their layers alone."""
+        return f"layers-{self.config.model.num_layers}"
+
 
 @dataclass(frozen=True)
 class Plan:
-    """``reference`` is one process in float64, ``own`` (with --as-run) one process in the run's dtype. ``run`` is what
-    the user asked for, ``model`` the run that is computed: the same, or its twin, for the reason ``twin``."""
+    """``run`` is what the user asked for; computed is the same, or its twins, for the reason ``twin``. ``single`` are
+    the runs of one process, for each model that is computed, and ``trials`` the layouts held against them."""
 
     run: RunConfig
-    model: RunConfig
     twin: str
     data: str
-    reference: Trial
-    own: Trial | None
+    single: tuple[Trial, ...]
     trials: tuple[Trial, ...]
     num_legal: int = 0  # of which the trials were chosen; 0: the user chose
 
     @property
     def computed(self) -> tuple[Trial, ...]:
         """All that is computed, in order."""
-        return (self.reference, *([self.own] if self.own else []), *self.trials)
+        return (*self.single, *self.trials)
 
     @property
     def num_ranks(self) -> int:
         """The processes that all of it takes."""
         return max(trial.num_ranks for trial in self.trials)
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches of the whole batch."""
+        return self.single[0].num_microbatches
+
+    @property
+    def dtype(self) -> str:
+        """What the layouts compute in."""
+        return self.trials[0].config.precision.dtype
 
 
 def make_plan(run: RunConfig, named: str | None, max_ranks: int, shrink: bool | None, as_run: bool) -> Plan:
@@ -87,30 +105,40 @@ def make_plan(run: RunConfig, named: str | None, max_ranks: int, shrink: bool | 
     if problems:
         raise ConfigError(problems)
     run = replace(run, model=resolve(replace(run, parallel=ONE), 1).model)
-    model = reduced(run, layouts)
-    reason = too_large(model, layouts) if shrink is None else "as asked" if shrink else ""
+    few = reduced(run, layouts)
+    reason = too_large(few, layouts) if shrink is None else "as asked" if shrink else ""
+    models = [few] * len(layouts)
     if reason:
-        model = reduced(shrunk(run, layouts), layouts, is_twin=True)
+        models = [reduced(shrunk(run, layout, layouts), layouts, is_twin=True) for layout in layouts]
         data = f"made-up tokens of seed {run.train.seed}: the twin has a vocabulary of its own"
-    exact = replace(model, precision=PrecisionConfig(dtype="fp64"))
     as_run = as_run and run.precision.dtype != "fp64"
-    return Plan(
-        run=run,
-        model=model,
-        twin=reason,
-        data=data,
-        reference=trial(exact, ONE),
-        own=trial(model, ONE) if as_run else None,
-        trials=tuple(trial(model if as_run else exact, layout) for layout in layouts),
-        num_legal=num_legal,
-    )
+    distinct = {model.model.num_layers: model for model in models}.values()
+    single = [trial(exact(model), ONE, "exact") for model in distinct]
+    single += [trial(model, ONE, "own") for model in distinct if as_run]
+    laid_out = (model if as_run else exact(model) for model in models)
+    trials = tuple(trial(model, layout, "tried") for model, layout in zip(laid_out, layouts, strict=True))
+    return Plan(run, reason, data, tuple(single), trials, num_legal)
 
 
-def trial(run: RunConfig, layout: ParallelConfig) -> Trial:
-    """One layout's run, checked once more: now with its reduced batch, and perhaps a twin's sizes."""
+def exact(run: RunConfig) -> RunConfig:
+    """The run in float64."""
+    return replace(run, precision=PrecisionConfig(dtype="fp64"))
+
+
+def trial(run: RunConfig, layout: ParallelConfig, role: str) -> Trial:
+    """One layout's run, checked once more: now with its reduced batch, and perhaps a twin's sizes.
+
+    Raises ValueError if a user's own list of instructions does not fit.
+    """
     if problems := why_illegal(run, layout):
         raise AssertionError(f"layout {text_of(layout)} is legal for the run, but not as it is verified: {problems}")
-    return Trial(text_of(layout), label_of(layout), resolve(replace(run, parallel=layout), num_ranks(layout)))
+    config = resolve(replace(run, parallel=layout), num_ranks(layout))
+    made = Trial(text_of(layout), label_of(layout), config, role)
+    if is_own_schedule(layout):
+        from megacore.train.schedule import plan_schedule  # brings numpy
+
+        plan_schedule(config, made.num_microbatches)
+    return made
 
 
 def as_one_step(run: RunConfig) -> RunConfig:

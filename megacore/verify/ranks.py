@@ -18,7 +18,7 @@ from megacore.mesh.rank_info import RankInfo
 from megacore.monitor.console import Console
 from megacore.spec import ModelSpec
 from megacore.train.build import DTYPES, build, join
-from megacore.verify import outcome as outcomes_file
+from megacore.verify import outcome as outcome_files
 from megacore.verify.measure import Bound, Comparison, Finding, Yardstick, findings
 from megacore.verify.outcome import Outcome
 from megacore.verify.plan import Plan, Trial
@@ -31,23 +31,22 @@ OUTCOMES = "outcomes.json"
 def work(info: RankInfo, plan: Plan, folder: str, table: Table | None) -> None:
     """One rank's part in everything that ``plan`` computes. Rank 0 shows ``table`` as it grows and writes OUTCOMES."""
     shop = Path(folder)
-    speaks = table is not None and info.rank == 0
-    console = Console(sys.stdout, colour=table.colour) if table and speaks else Console()
-    judge = Judge(plan, shop)
+    console = Console(sys.stdout, colour=table.colour) if table and info.rank == 0 else Console()
+    judge, outcomes = Judge(shop), []
     for turn, trial in enumerate(plan.computed):
         if info.rank >= trial.num_ranks:
             continue
         take_turn(shop, turn, info.rank)
         console.progress(f"  {trial.label}, {trial.config.parallel.schedule} ...")
         began = time.perf_counter()
-        seen = step_of(info, turn, trial, shop, is_reference=trial is plan.reference)
-        if info.rank == 0:
-            outcome = judge.hear(trial, seen, time.perf_counter() - began)
-            if table and outcome:
+        seen = step_of(info, turn, trial, shop)
+        if info.rank == 0 and (outcome := judge.hear(trial, seen, time.perf_counter() - began)):
+            outcomes.append(outcome)
+            if table:
                 console.line("\n".join(table.lines(outcome)))
     console.close()
     if info.rank == 0:
-        outcomes_file.write(judge.outcomes, shop / OUTCOMES)
+        outcome_files.write(outcomes, shop / OUTCOMES)
 
 
 def take_turn(shop: Path, turn: int, rank: int) -> None:
@@ -59,11 +58,6 @@ def take_turn(shop: Path, turn: int, rank: int) -> None:
         time.sleep(0.005)
 
 
-def last_turn(folder: str) -> int:
-    """The latest turn that has begun; -1: none has."""
-    return max((int(sign.name.partition("-")[2]) for sign in Path(folder).glob("turn-*")), default=-1)
-
-
 class Seen(NamedTuple):
     """One rank's step: its figures, and its pieces held against the yardstick."""
 
@@ -72,7 +66,7 @@ class Seen(NamedTuple):
     found: list[Finding]
 
 
-def step_of(info: RankInfo, turn: int, trial: Trial, shop: Path, is_reference: bool) -> list[Seen]:
+def step_of(info: RankInfo, turn: int, trial: Trial, shop: Path) -> list[Seen]:
     """One step in a layout; what all of its ranks saw, on rank 0."""
     config = replace(trial.config, data=replace(trial.config.data, cache=str(shop / "indices")))
     if config.train.device == "auto" and torch.cuda.device_count() < info.world_size:
@@ -80,21 +74,21 @@ def step_of(info: RankInfo, turn: int, trial: Trial, shop: Path, is_reference: b
     place = RankInfo(info.rank, trial.num_ranks, info.rank, trial.num_ranks, f"file://{shop}/store-{turn}")
     device = join(config, place)
     try:
-        return _step(config, place, device, shop, is_reference)
+        return _step(config, place, device, shop / trial.model, trial.role == "exact")
     finally:
         process_group.stop()
 
 
-def _step(config: RunConfig, place: RankInfo, device: torch.device, shop: Path, is_reference: bool) -> list[Seen]:
+def _step(config: RunConfig, place: RankInfo, device: torch.device, yard: Path, is_exact: bool) -> list[Seen]:
     """A function of its own: all that holds a process group ends with it."""
     built = build(config, place, device)
     num_nominal = config.train.global_batch_size * config.train.seq_len
     result = built.trainer.step(microbatches(config, built.mesh), num_nominal, config.optim.lr)
     loss, grad_norm = result.loss.item(), result.grad_norm.item()
-    if is_reference:
-        Yardstick.write(built, loss, grad_norm, shop)
+    if is_exact:
+        Yardstick.write(built, loss, grad_norm, yard)
         return [Seen(loss, grad_norm, [])]
-    seen = Seen(loss, grad_norm, findings(built, Yardstick.read(built.spec, shop)))
+    seen = Seen(loss, grad_norm, findings(built, Yardstick.read(built.spec, yard)))
     if place.world_size == 1:
         return [seen]
     everyone: list[Seen] = [seen] * place.world_size if place.rank == 0 else []
@@ -103,35 +97,38 @@ def _step(config: RunConfig, place: RankInfo, device: torch.device, shop: Path, 
 
 
 class Judge:
-    """Rank 0's view: the bound, once it is known, and what came of each layout."""
+    """Rank 0's view: the bound of each model, once it is known, and what comes of each layout."""
 
-    def __init__(self, plan: Plan, shop: Path) -> None:
-        self.plan, self.shop = plan, shop
-        self.outcomes: list[Outcome] = []
+    def __init__(self, shop: Path) -> None:
+        self.shop = shop
+        self.bounds: dict[str, Bound] = {}
 
     def hear(self, trial: Trial, seen: list[Seen], seconds: float) -> Outcome | None:
         """Take in what the ranks of a layout saw; its outcome, if it is on trial."""
         spec = ModelSpec.of(trial.config.model)
-        if trial is self.plan.reference:
-            self.bound = Bound(Yardstick.read(spec, self.shop))
+        if trial.role == "exact":
+            self.bounds[trial.model] = Bound(Yardstick.read(spec, self.shop / trial.model))
             return None
         comparison = Comparison.of(spec, [finding for rank in seen for finding in rank.found])
-        if trial is self.plan.own:
+        if trial.role == "own":
             eps = torch.finfo(dict(DTYPES)[trial.config.precision.dtype]).eps
-            self.bound = replace(
-                self.bound, eps=eps, own=comparison, own_loss=seen[0].loss, own_grad_norm=seen[0].grad_norm
+            self.bounds[trial.model] = replace(
+                self.bounds[trial.model],
+                eps=eps,
+                own=comparison,
+                own_loss=seen[0].loss,
+                own_grad_norm=seen[0].grad_norm,
             )
             return None
-        self.outcomes.append(self.outcome(trial, comparison, seen, seconds))
-        return self.outcomes[-1]
+        return self.outcome(trial, comparison, seen, seconds)
 
     def outcome(self, trial: Trial, comparison: Comparison, seen: list[Seen], seconds: float) -> Outcome:
         """What is told of one layout."""
         loss, grad_norm, _ = seen[0]
-        exact = self.bound.yardstick
-        excess = self.bound.excess(comparison)
+        bound = self.bounds[trial.model]
+        exact, excess = bound.yardstick, bound.excess(comparison)
         worst = max(excess, key=excess.__getitem__)
-        problems = [*self.bound.scalar_problems(loss, grad_norm), *comparison.problems]
+        problems = [*bound.scalar_problems(loss, grad_norm), *comparison.problems]
         for name, values in (("loss", {one.loss for one in seen}), ("gradient norm", {one.grad_norm for one in seen})):
             if len(values) > 1:
                 problems.append(f"the ranks disagree on the {name}: {', '.join(map(repr, sorted(values)))}")

@@ -26,17 +26,18 @@ def name_of(path: str | None, preset: str | None) -> str:
 
 def head(plan: Plan, name: str, width: int) -> list[str]:
     """What is compared with what, in lines of at most ``width`` columns."""
-    t, whole, m = plan.model.train, plan.run.train, plan.run.model
-    num, num_whole = (train.global_batch_size // train.micro_batch_size for train in (t, whole))
+    t, whole, m = plan.single[0].config.train, plan.run.train, plan.run.model
+    num, num_whole = plan.num_microbatches, whole.global_batch_size // whole.micro_batch_size
+    twins = [trial.config for trial in plan.single]
     count = f"{num} microbatches" if num == num_whole else f"{num} microbatches (the run has {num_whole})"
     size = human_count(ModelSpec.of(m).num_params)
     facts = {
         "run": f"{name}: {m.family}, {size} parameters in {m.num_layers} layers",
-        "twin": f"{plan.twin}: computed with the same features and remainders, but in {describe(plan.model, plan.run)}",
+        "twin": f"{plan.twin}: computed with the same features and remainders, but in {describe(twins, plan.run)}",
         "data": plan.data,
         "batch": f"{count} of {t.micro_batch_size} x {t.seq_len} tokens, the same for every layout",
         "layouts": number_of_layouts(plan),
-        "bound": AS_RUN.format(dtype=plan.model.precision.dtype) if plan.own else SHARP,
+        "bound": SHARP if plan.dtype == "fp64" else AS_RUN.format(dtype=plan.dtype),
     }
     if not plan.twin:
         del facts["twin"]
@@ -71,7 +72,7 @@ class Table:
         """A table for all trials of a plan."""
         rows = [HEADS, *((*_layout_cells(trial), *[""] * 4) for trial in plan.trials)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(HEADS))]
-        params = [_short(param.name) for param in ModelSpec.of(plan.model.model).params]
+        params = [_short(param.name) for one in plan.single for param in ModelSpec.of(one.config.model).params]
         for head, width in (("loss", len("1e-16")), ("time", len("1h07m "))):
             widths[HEADS.index(head)] = width
         widths[HEADS.index("worst parameter")] = max(len("worst parameter"), *map(len, params))
@@ -91,7 +92,7 @@ class Table:
         mark = self.paint("✓", "green") if outcome.agrees else self.paint("✗", "red", "bold")
         figures = (
             _short(outcome.parameter),
-            f"{outcome.excess:.1e}" if outcome.excess < 1e-2 else f"{outcome.excess:.3g}",
+            number(outcome.excess),
             f"{outcome.loss_difference:.0e}" if outcome.loss_difference else "0",
             human_time(outcome.seconds),
         )
@@ -104,6 +105,11 @@ class Table:
             cell.rjust(width) if head in NUMBERS else pad(cell, width)
             for head, cell, width in zip(HEADS, cells, self.widths, strict=True)
         )
+
+
+def number(value: float) -> str:
+    """Small numbers by their size, others by their digits."""
+    return "0" if value == 0 else f"{value:.1e}" if value < 1e-2 else f"{value:.3g}"
 
 
 def _layout_cells(trial: Trial) -> tuple[str, ...]:
@@ -141,7 +147,9 @@ def verdict(outcomes: Sequence[Outcome], paint: Paint) -> str:
     if not wrong:
         worst = max(outcome.excess for outcome in outcomes)
         many = "the layout computes" if len(outcomes) == 1 else f"all {len(outcomes)} layouts compute"
-        return paint(f"✓ {many} what one process computes", "green", "bold") + f" (at worst {worst:.1e} of the bound)"
+        return (
+            paint(f"✓ {many} what one process computes", "green", "bold") + f" (at worst {number(worst)} of the bound)"
+        )
     again = "; ".join(outcome.layout for outcome in wrong)
     return (
         paint(f"✗ {len(wrong)} of {len(outcomes)} layouts do not compute what one process computes", "red", "bold")

@@ -15,8 +15,11 @@ HIDDEN, FFN, VOCAB, SEQ_LEN, HEAD_DIM, MICRO_BATCH = 24, 30, 96, 16, 4, 2
 """The twin's sizes, before remainders. The width is never split, so it needs none."""
 
 
-def shrunk(run: RunConfig, layouts: Sequence[ParallelConfig]) -> RunConfig:
-    """The twin of a run whose model is resolved and legal in ``layouts``. Its data are made up: it has other tokens."""
+def shrunk(run: RunConfig, layout: ParallelConfig, layouts: Sequence[ParallelConfig]) -> RunConfig:
+    """The twin, for one of ``layouts``, of a run that is legal in all of them and whose model is resolved.
+
+    Twins for other layouts differ in their number of layers only. Its data are made up: it has other tokens.
+    """
     tps = sorted({layout.tp for layout in layouts})
     m, t, every = run.model, run.train, lcm(*tps)
     seq_len = like(t.seq_len, every, SEQ_LEN)
@@ -36,7 +39,7 @@ def shrunk(run: RunConfig, layouts: Sequence[ParallelConfig]) -> RunConfig:
     num_kv_heads = _kv_heads(m, tps)
     model = replace(
         m,
-        num_layers=_layers(m.num_layers, layouts),
+        num_layers=_layers(m.num_layers, layout),
         hidden_size=min(HIDDEN, m.hidden_size),
         ffn_hidden_size=like(m.ffn_hidden_size, every, FFN),
         num_heads=m.num_heads // m.num_kv_heads * num_kv_heads,
@@ -57,12 +60,11 @@ def like(size: int, every: int, least: int) -> int:
     return min(size, least + (size - least) % every)
 
 
-def _layers(num_layers: int, layouts: Iterable[ParallelConfig]) -> int:
-    """The fewest layers that all stages share out like ``num_layers``; all of them where a layout counts them."""
-    stages = {layout.pp * num_chunks(layout) for layout in layouts}
-    if any(layout.stage_layers for layout in layouts):
-        return num_layers
-    return like(num_layers, lcm(*stages), max(stages))
+def _layers(num_layers: int, layout: ParallelConfig) -> int:
+    """The fewest layers, two at least, that the stages share out like ``num_layers``; all, where the layout counts
+    them."""
+    num_stages = layout.pp * num_chunks(layout)
+    return num_layers if layout.stage_layers else like(num_layers, num_stages, max(2, num_stages))
 
 
 def _kv_heads(model: ModelConfig, tps: Iterable[int]) -> int:
@@ -81,17 +83,26 @@ def _scaled(length: int, seq_len: int, new_seq_len: int) -> int:
     return length and max(1, length * new_seq_len // seq_len)
 
 
-def describe(twin: RunConfig, run: RunConfig) -> str:
-    """The twin's sizes, and the run's where they differ."""
-    sizes = (
-        ("layers", twin.model.num_layers, run.model.num_layers),
-        ("hidden", twin.model.hidden_size, run.model.hidden_size),
-        ("ffn", twin.model.ffn_hidden_size, run.model.ffn_hidden_size),
-        ("heads", twin.model.num_heads, run.model.num_heads),
-        ("kv heads", twin.model.num_kv_heads, run.model.num_kv_heads),
-        ("head dim", twin.model.head_dim, run.model.head_dim),
-        ("vocabulary", twin.model.vocab_size, run.model.vocab_size),
-        ("sequence", twin.train.seq_len, run.train.seq_len),
-        ("microbatch", twin.train.micro_batch_size, run.train.micro_batch_size),
-    )
-    return ", ".join(f"{name} {new}" + (f" (of {old})" if new != old else "") for name, new, old in sizes)
+def describe(twins: Sequence[RunConfig], run: RunConfig) -> str:
+    """The sizes of a run's twins, and its own where they differ."""
+
+    def sizes(of: RunConfig) -> dict[str, int]:
+        m, t = of.model, of.train
+        return {
+            "layers": m.num_layers,
+            "hidden": m.hidden_size,
+            "ffn": m.ffn_hidden_size,
+            "heads": m.num_heads,
+            "kv heads": m.num_kv_heads,
+            "head dim": m.head_dim,
+            "vocabulary": m.vocab_size,
+            "sequence": t.seq_len,
+            "microbatch": t.micro_batch_size,
+        }
+
+    parts = []
+    for name, old in sizes(run).items():
+        new = [sizes(twin)[name] for twin in twins]
+        between = f"{min(new)}" if min(new) == max(new) else f"{min(new)} to {max(new)}"
+        parts.append(f"{name} {between}" + (f" (of {old})" if new != [old] * len(new) else ""))
+    return ", ".join(parts)
