@@ -15,6 +15,8 @@ from megacore.schedule.schedule import FIELDS, Instructions, Schedule
 
 Table = NDArray[np.int32]
 
+OP, PEER = (Instruction._fields.index(name) for name in ("op", "peer"))
+
 
 def lower(schedule: Schedule, tied: bool = False) -> Schedule:
     """The whole list of every rank, from its computing.
@@ -31,47 +33,44 @@ def lower(schedule: Schedule, tied: bool = False) -> Schedule:
         return schedule
     rows = Rows(schedule)
     start, end = clock(rows)
-    rank, time, table = _added(rows, end)
-    order = np.argsort(rank, kind="stable")
-    cuts = np.searchsorted(rank[order], np.arange(schedule.num_ranks + 1))
+    made, table = _added(rows)
+    time, owner = np.tile(end[made], 2), np.concatenate([rows.rank[made], table[: len(made), PEER]])
+    # One order for all ranks: by time, and both ends of a message side by side; of it each takes what is its own.
+    order = np.argsort(end[made], kind="stable")
+    order = np.stack([order, order + len(made)], axis=1).ravel()
+    order = order[np.argsort(owner[order], kind="stable")]
+    cuts = np.searchsorted(owner[order], np.arange(schedule.num_ranks + 1))
     lists = []
-    for each, own in enumerate(schedule.ranks):
-        mine = order[cuts[each] : cuts[each + 1]]
-        starts = start[rows.begin[each] : rows.begin[each + 1]]
+    for rank, own in enumerate(schedule.ranks):
+        mine = order[cuts[rank] : cuts[rank + 1]]
+        starts = start[rows.begin[rank] : rows.begin[rank + 1]]
         whole = _insert(own.table, table[mine], before=np.searchsorted(starts, time[mine]))
-        lists.append(Instructions(np.concatenate([whole, _ending(schedule, each, tied)])))
+        lists.append(Instructions(np.concatenate([whole, _ending(schedule, rank, tied)])))
     return Schedule(schedule.kind, schedule.num_microbatches, tuple(lists))
 
 
-def _added(rows: Rows, end: Ints) -> tuple[Ints, Ints, Table]:
-    """(rank [k], time [k], instruction [k, fields]) of all that is added, in the one order that all ranks follow: by
-    time; at the same tick activations, then gradients, then sums."""
+def _added(rows: Rows) -> tuple[Ints, Table]:
+    """What is added: the row [k] that makes each of it, and two instructions [2k, fields]: first all that stand on the
+    maker's rank, activations, then gradients, then sums; then their other ends. A sum's is on rank -1: nowhere."""
     home = np.append(rows.home, -1)
     above, below = home[rows.stage + 1], home[rows.back_stage - 1]
-    away = (above >= 0) & (above != rows.rank)
-    activations = rows.forwards[away[rows.forwards]]
-    away = (below >= 0) & (below != rows.rank)
+    up, down = ((peer >= 0) & (peer != rows.rank) for peer in (above, below))
     backs = rows.having(Op.BACKWARD, Op.INPUT_GRAD, Op.PAIR)
-    gradients = backs[away[backs]]
-    sums = _last_gradients(rows)
+    activations, gradients, sums = rows.forwards[up[rows.forwards]], backs[down[backs]], _last_gradients(rows)
 
     made = np.concatenate([activations, gradients, sums])
-    sends = np.full((len(made), FIELDS), -1, dtype=np.int32)
+    table = np.full((2 * len(made), FIELDS), -1, dtype=np.int32)
+    sends, receives = table[: len(made)], table[len(made) :]
     op, stage, microbatch, peer = sends.T[:4]
     messages = len(activations) + len(gradients)
     op[: len(activations)], op[len(activations) : messages], op[messages:] = (*SENDS, Op.REDUCE)
     stage[:] = np.concatenate([rows.stage[activations], rows.back_stage[made[len(activations) :]]])
     microbatch[:messages] = np.concatenate([rows.microbatch[activations], rows.back_microbatch[gradients]])
     peer[:messages] = np.concatenate([above[activations], below[gradients]])
-
-    order = np.argsort(end[made], kind="stable")
-    made, sends = made[order], sends[order]
-    receives = sends.copy()
-    receives[:, 0] += Op.RECEIVE_ACTIVATION - Op.SEND_ACTIVATION
-    receives[:, 3] = rows.rank[made]
-    # Both ends of a message side by side; the other end of a sum is on rank -1, where nobody looks.
-    rank = np.stack([rows.rank[made], sends[:, 3]], axis=1).ravel()
-    return rank, np.repeat(end[made], 2), np.stack([sends, receives], axis=1).reshape(-1, FIELDS)
+    receives[:] = sends
+    receives[:, OP] += Op.RECEIVE_ACTIVATION - Op.SEND_ACTIVATION
+    receives[:, PEER] = rows.rank[made]
+    return made, table
 
 
 def _last_gradients(rows: Rows) -> Ints:
