@@ -55,8 +55,9 @@ def main(argv: list[str] | None = None) -> int:
     elif arguments.text:
         print(to_text(whole), end="")
     else:
-        drawn = [] if arguments.plot or arguments.trace else _picture(predicted)
-        print("\n".join([*drawn, *_summary(predicted, whole, measured)]))
+        if not (arguments.plot or arguments.trace):
+            print("\n".join(_pictures(predicted, measured)))
+        print("\n".join(_summary(predicted, whole, measured)))
     for path in filter(None, (arguments.plot, arguments.trace)):
         print(f"wrote {path}", file=sys.stderr)
     return 0
@@ -228,25 +229,23 @@ def _facts(timeline: "Timeline", whole: "Schedule | None", measured: "Timeline |
     return facts
 
 
-def _picture(timeline: "Timeline") -> list[str]:
+def _pictures(*timelines: "Timeline | None") -> list[str]:
     from megacore.cost.plot.terminal import terminal_picture
     from megacore.launch.terminal import colour_wanted, page_width
-    from megacore.monitor.console import colourful, plain
+    from megacore.monitor.console import colourful
 
-    paint = colourful if colour_wanted(sys.stdout) else plain
-    return [*terminal_picture(timeline, page_width(), paint), ""]
+    paint = colourful if colour_wanted(sys.stdout) else None
+    return [line for each in timelines if each for line in (*terminal_picture(each, page_width(), paint), "")]
 
 
 def _summary(predicted: "Timeline", whole: "Schedule", measured: "Timeline | None") -> list[str]:
     from megacore.schedule.instruction import COMPUTE
     from megacore.schedule.live import peak_activations
 
-    schedule, peaks = predicted.schedule, peak_activations(predicted.schedule)
-    shape = f"{schedule.num_ranks} ranks x {_chunks(schedule)} chunks, {schedule.num_microbatches} microbatches"
+    peaks = peak_activations(predicted.schedule)
     num_computing = sum(len(rank.having(*COMPUTE)) for rank in whole.ranks)
     num_all = sum(map(len, whole.ranks))
     lines = [
-        f"{schedule.kind:<14} {shape}",
         f"instructions   {num_all:,} checked, of which {num_computing:,} compute",
         f"activations    at most {max(peaks):g} microbatches' on a rank; {peaks[0]:g} on the first",
     ]
