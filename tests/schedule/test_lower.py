@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megacore.schedule import Instruction, Instructions, Op, Schedule
+from megacore.schedule.clock import clock
 from megacore.schedule.generators.generate import KINDS, forward_only, generate
 from megacore.schedule.instruction import COMPUTE, MESSAGES, SENDS
 from megacore.schedule.lower import lower
+from megacore.schedule.rows import Rows
 
 TRAINING = [kind for kind in KINDS if kind != "forward"]
 
@@ -153,8 +155,9 @@ def test_sums_and_the_step_end_what_trains(schedule: Schedule, tied: bool) -> No
         assert sorted(word for word in text if word[1:].isdigit()) == sorted(f"R{stage}" for stage in own)
         for stage in own:
             adding = [i for i, each in enumerate(rank) if accumulates(each) == stage]
-            between = [rank[i].op for i in range(adding[-1] + 1, text.index(f"R{stage}"))]
-            assert not set(between) & set(COMPUTE)
+            between = range(adding[-1] + 1, text.index(f"R{stage}") + 1)
+            assert between
+            assert not {rank[i].op for i in between} & set(COMPUTE)
         ends = {home[0]: f"T0~{home[-1]}", home[-1]: f"T{len(home) - 1}~{home[0]}"} if home[0] != home[-1] else {}
         assert text[-1] == "O"
         assert [word for word in text if word[0] == "T"] == ([ends[r]] if tied and r in ends else [])
@@ -190,6 +193,15 @@ def test_evaluations_get_messages_only() -> None:
         "F0.0 SA0.0>1 F0.1 SA0.1>1",
         "RA0.0<0 F1.0 RA0.1<0 F1.1",
     ]
+
+
+def test_the_clock_ticks_once_for_a_forward_and_twice_for_a_backward() -> None:
+    start, end = clock(Rows(generate("1f1b", 2, 2)))
+    assert start.tolist() == [0, 1, 4, 7] + [1, 2, 4, 5]
+    assert end.tolist() == [1, 2, 6, 9] + [2, 4, 5, 7]
+    start, end = clock(Rows(read("F0.0 F1.0 F0.1 B1.0 FB1.1:0.0 I1.1 I0.1 W0.1 W1.1")))
+    assert start.tolist() == [0, 1, 2, 3, 5, 8, 9, 10, 11]
+    assert end.tolist() == [1, 2, 3, 5, 8, 9, 10, 11, 12]
 
 
 @pytest.mark.parametrize("more", ["RA9.0<0", "O", "R0", "SG0.0>1"])
