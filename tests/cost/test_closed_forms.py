@@ -118,12 +118,13 @@ def test_zb_v(p, unit):
         assert max(peak_activations(timeline.schedule)) == p
 
 
-@pytest.mark.parametrize(("p", "unit"), [*product(RANKS, (1, 0.3, 7))])
-def test_dualpipe_v(p, unit):
-    # P0019 for 2 p stages on p ranks: (p - 1)(FB + t - 3 w), FB being the time of a pair. The published lists give it
-    # where f = b = w and a pair takes as long as its parts.
+@pytest.mark.parametrize(("p", "unit", "w"), [*product(RANKS, (1, 0.3, 7), (1, 0.75, 0.2, 0))])
+def test_dualpipe_v(p, unit, w):
+    # P0019 for 2 p stages on p ranks: (p - 1)(FB + t - 3 w), FB being the time of a pair. The published order of
+    # instructions gives it where f = b and a pair takes as long as its parts; otherwise its idle time is another one.
     for m in microbatches(p, 2 * p):
-        timeline = run("dualpipe-v", p, m, 0, unit, unit, unit)
-        assert max(timeline.rank_idle) == pytest.approx((p - 1) * (3 + 2 - 3) * unit)
+        timeline = run("dualpipe-v", p, m, 0, unit, unit, w * unit)
+        pair, t = unit + unit + w * unit, unit + w * unit
+        assert max(timeline.rank_idle) == pytest.approx((p - 1) * (pair + t - 3 * w * unit), abs=1e-9)
         # 2 p + 1 chunks', of which a rank has two
         assert max(peak_activations(timeline.schedule)) == p + 1 / 2
