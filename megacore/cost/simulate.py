@@ -41,7 +41,8 @@ class Durations:
         """The mean of each op on each stage of a measured ``timeline``, to predict with.
 
         A backward that only ever ran in halves takes the time of both. ``p2p`` is what messages took once both of
-        their ends were reached. What the run never did is nan.
+        their ends were reached; of sums over tied weights and of optimizer steps the shortest counts, for the others
+        waited for it. What the run never did is nan.
         """
         rows = Rows(timeline.schedule)
         start, end = np.concatenate(timeline.start), np.concatenate(timeline.end)
@@ -55,6 +56,7 @@ class Durations:
 
         pair = rows.having(Op.PAIR)
         apart = mean[Op.FORWARD, rows.stage[pair]] + mean[Op.BACKWARD, rows.back_stage[pair]]
+        pair, apart = pair[~np.isnan(apart)], apart[~np.isnan(apart)]
         sends, receives = messages(rows)
         took = end[receives] - np.maximum(start[sends], start[receives])
         per_stage = {name: tuple(mean[op].tolist()) for op, name in _NAMES if op in COMPUTE}
@@ -63,8 +65,8 @@ class Durations:
             p2p=_mean(np.maximum(took, 0.0)),
             overlap=float((end - start)[pair].sum() / apart.sum()) if len(pair) else 1.0,
             reduce=tuple(np.nan_to_num(mean[Op.REDUCE]).tolist()),
-            tied=_mean((end - start)[rows.having(Op.TIED)]),
-            optimize=_mean((end - start)[rows.having(Op.OPTIMIZE)]),
+            tied=_least((end - start)[rows.having(Op.TIED)]),
+            optimize=_least((end - start)[rows.having(Op.OPTIMIZE)]),
         )
 
     def of(self, rows: Rows, chosen: Ints) -> Times:
@@ -102,6 +104,10 @@ _NAMES = (
 
 def _mean(times: Times) -> float:
     return float(times.mean()) if len(times) else 0.0
+
+
+def _least(times: Times) -> float:
+    return float(times.min()) if len(times) else 0.0
 
 
 def simulate(schedule: Schedule, durations: Durations = Durations()) -> Timeline:

@@ -184,6 +184,9 @@ def test_means_of_a_timeline():
     start, end = np.array([0.0, 1, 3, 4, 7, 8]), np.array([1.0, 3, 4, 7, 8, 11])
     means = Durations.measured(Timeline(lists, (start,), (end,)))
     assert means == Durations((2.0,), (3.5,), (1.5,), (2.0,), reduce=(0.0,))
+    waited = schedule("F0.0 B0.0 O", "F1.0 B1.0 O")
+    start, end = [np.array([0.0, 3, 5]), np.array([1.0, 2, 3])], [np.array([1.0, 5, 6]), np.array([2.0, 3, 6])]
+    assert Durations.measured(Timeline(waited, tuple(start), tuple(end))).optimize == 1
     unknown = Durations.measured(simulate(schedule("F0.0 B0.0")))
     with pytest.raises(ValueError, match=r"I0\.0 takes nan: give it a time"):
         simulate(lists, unknown)
