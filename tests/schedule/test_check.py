@@ -220,8 +220,8 @@ def test_a_bound_on_live_activations() -> None:
 
 @pytest.mark.slow
 def test_a_million_computing_instructions_take_seconds() -> None:
-    """64 ranks x 8 chunks x 1,024 microbatches: 1.7 s on two busy cores; the bound leaves room for slower ones."""
+    """64 ranks x 8 chunks x 1,024 microbatches: 1.7 s where it was tried; the bound leaves room for slower cores."""
     schedule = lower(generate("interleaved", 64, 1024, 8))
-    begin = time.perf_counter()
+    begin = time.process_time()
     check(schedule)
-    assert time.perf_counter() - begin < 10
+    assert time.process_time() - begin < 10

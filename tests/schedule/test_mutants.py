@@ -2,6 +2,7 @@
 the same of every one, legal or not."""
 
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -185,6 +186,7 @@ def opinion(schedule: Schedule, threads: Threads) -> str:
         refused = None
     except ValueError as error:
         refused = str(error)
+        assert re.match(r"rank \d+, position \d+, .*: ", refused), refused  # not an error of numpy's
     wrong = why_wrong(schedule, threads)
     if (refused is None) != (wrong is None):
         lists = "\n".join(str([tuple(i) for i in rank]) for rank in schedule.ranks)
@@ -259,6 +261,34 @@ def replaced(schedule: Schedule, rank: int, new: list[Instruction]) -> Lists:
 @pytest.mark.parametrize("which", SMALL, ids=str)
 def test_every_single_edit(which: tuple[str, int, int, int, bool], threads: Threads) -> None:
     schedule = base(*which)
-    count = Counter(opinion(of(schedule, lists), threads) for lists in single_edits(schedule))
+    mutants = (of(schedule, lists) for lists in single_edits(schedule))
+    count = Counter(opinion(mutant, threads) for mutant in mutants if mutant != schedule)
     print(f"{which}: {dict(count)}")
     assert count["illegal"] > count["legal"], count
+
+
+def without_parts(schedule: Schedule) -> Iterator[Lists]:
+    """All of a rank, of an op, of a microbatch, of a stage, of a stage with its messages gone; and stages renamed."""
+    lists = [list(rank) for rank in schedule.ranks]
+    for rank in range(len(lists)):
+        yield replaced(schedule, rank, [])
+    for op in Op:
+        yield [[i for i in each if i.op != op] for each in lists]
+    for microbatch in range(schedule.num_microbatches):
+        yield [[i for i in each if i.microbatch != microbatch] for each in lists]
+    last = schedule.num_stages - 1
+    for stage in range(last + 1):
+        yield [[i for i in each if i.stage != stage] for each in lists]
+        yield [[i._replace(stage=last + 1) if i.stage == stage else i for i in each] for each in lists]
+    to_last = {(Op.SEND_ACTIVATION, last - 1), (Op.RECEIVE_ACTIVATION, last - 1)}
+    yield [[i for i in each if i.stage != last and (i.op, i.stage) not in to_last] for each in lists]
+
+
+def test_whole_parts_gone(threads: Threads) -> None:
+    count = Counter[str]()
+    for which in SMALL + LARGER:
+        schedule = base(*which)
+        mutants = (of(schedule, lists) for lists in without_parts(schedule))
+        count.update(opinion(mutant, threads) for mutant in mutants if mutant != schedule)
+    print(dict(count))
+    assert count["legal"] >= 5 and count["illegal"] >= 100, count
