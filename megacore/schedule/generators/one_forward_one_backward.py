@@ -5,6 +5,7 @@ forwards warm a rank up, and in how far weight gradients lag behind where a back
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megacore.schedule.generators.placement import loop
 from megacore.schedule.generators.spell import Words, spell
@@ -64,13 +65,13 @@ def zb_h2(num_ranks: int, num_microbatches: int, chunks: int) -> tuple[Instructi
 
 
 def _warm_up(rank: int, num_ranks: int, chunks: int) -> int:
-    """Forwards before a rank takes turns. With one chunk the fewest that let the last rank start at once; they leave a
-    gap before the first gradient is back, which with several chunks would recur at every chunk."""
+    """Forwards before a rank takes turns. With one chunk as few as it takes to occupy the ranks below; with several
+    more, or each chunk would wait for its first gradient anew."""
     return num_ranks - 1 - rank if chunks == 1 else _long_warm_up(rank, num_ranks, chunks)
 
 
 def _long_warm_up(rank: int, num_ranks: int, chunks: int) -> int:
-    """As many forwards as fit before the first gradient is back."""
+    """As many forwards as there is time for before the first gradient is back."""
     return 2 * (num_ranks - 1 - rank) + (chunks - 1) * num_ranks
 
 
@@ -81,17 +82,20 @@ def _rank(rank: int, num_ranks: int, num_microbatches: int, chunks: int, warm_up
     so the list is made for the next number that fits.
     """
     rounds = -(-num_microbatches // num_ranks)
-    chunk_of = np.tile(np.repeat(np.arange(chunks, dtype=np.int32), num_ranks), rounds)
-    turn = np.arange(len(chunk_of))
-    verbs = [(Op.FORWARD, chunk_of, 3 * turn)]
-    back_of = chunks - 1 - chunk_of
+    forward = np.tile(np.repeat(np.arange(chunks, dtype=np.int32), num_ranks), rounds)
+    back = chunks - 1 - forward
+    turn = np.arange(len(forward))
+    # In every turn there is a slot for a forward, one for what comes back, one for a weight gradient.
+    verbs = [(3 * turn, Op.FORWARD, forward)]
     if lag < 0:
-        verbs.append((Op.BACKWARD, back_of, 3 * (turn + warm_up) + 1))
+        verbs.append((3 * (turn + warm_up) + 1, Op.BACKWARD, back))
     else:
-        verbs.append((Op.INPUT_GRAD, back_of, 3 * (turn + warm_up) + 1))
-        verbs.append((Op.WEIGHT_GRAD, back_of, 3 * (turn + warm_up + lag) + 2))
-    words: Words = np.concatenate(
-        [np.stack([np.full_like(each, op), each, np.full_like(each, -1)], axis=1) for op, each, _ in verbs]
-    )
-    order = np.argsort(np.concatenate([slot for *_, slot in verbs]))
+        verbs.append((3 * (turn + warm_up) + 1, Op.INPUT_GRAD, back))
+        verbs.append((3 * (turn + warm_up + lag) + 2, Op.WEIGHT_GRAD, back))
+    order = np.argsort(np.concatenate([slot for slot, _, _ in verbs]))
+    words = np.concatenate([_words(op, chunk) for _, op, chunk in verbs])
     return spell(words[order], loop(rank, num_ranks, chunks), num_microbatches)
+
+
+def _words(op: Op, chunk: NDArray[np.int32]) -> Words:
+    return np.stack([np.full_like(chunk, op), chunk, np.full_like(chunk, -1)], axis=1)

@@ -34,35 +34,30 @@ def spell(words: Words, stages: Sequence[int], num_microbatches: int) -> Instruc
     microbatches serves for fewer: dropping whole microbatches breaks no order. A pair that loses a half is the other.
     """
     op, front, back = words.T
-    split = np.isin(op, (Op.INPUT_GRAD, Op.WEIGHT_GRAD))
-    forwards = np.isin(op, (Op.FORWARD, Op.PAIR))
-    microbatch, back_microbatch = np.full_like(op, -1), np.full_like(op, -1)
+    forwards, pair = np.isin(op, (Op.FORWARD, Op.PAIR)), op == Op.PAIR
+    back = np.where(np.isin(op, (Op.BACKWARD, Op.INPUT_GRAD)), front, back)
+    front_number, back_number = np.full((2, len(op)), -1, dtype=np.int32)
     for chunk in range(len(stages)):
-        _count(microbatch, forwards & (front == chunk))
-        own = np.isin(op, (Op.BACKWARD, Op.INPUT_GRAD)) & (front == chunk)
-        paired = back == chunk
-        taken_back = np.full_like(op, -1)
-        _count(taken_back, own | paired)
-        microbatch[own], back_microbatch[paired] = taken_back[own], taken_back[paired]
-        halves = split & (front == chunk)
-        microbatch[halves & (op == Op.WEIGHT_GRAD)] = taken_back[halves & (op == Op.INPUT_GRAD)]
-    table = np.full((len(op), FIELDS), -1, dtype=np.int32)
-    stage_of = np.array([*stages, -1], dtype=np.int32)
-    for column, values in enumerate((op, stage_of[front], microbatch)):
-        table[:, column] = values
-    table[:, 5], table[:, 6] = stage_of[back], back_microbatch
-    return Instructions(_truncated(table, num_microbatches))
+        of_chunk = front == chunk
+        _count(front_number, forwards & of_chunk)
+        _count(back_number, back == chunk)
+        back_number[of_chunk & (op == Op.WEIGHT_GRAD)] = back_number[of_chunk & (op == Op.INPUT_GRAD)]
+    rows = Instructions(np.full((len(op), FIELDS), -1, dtype=np.int32))
+    stage_of = np.array(stages)
+    rows.op[:], rows.stage[:], rows.microbatch[:] = op, stage_of[front], np.where(forwards, front_number, back_number)
+    rows.back_stage[pair], rows.back_microbatch[pair] = stage_of[back[pair]], back_number[pair]
+    return _truncated(rows, num_microbatches)
 
 
-def _truncated(table: NDArray[np.int32], num_microbatches: int) -> NDArray[np.int32]:
+def _truncated(rows: Instructions, num_microbatches: int) -> Instructions:
     """Without what belongs to later microbatches."""
-    op, late, late_back = table[:, 0], table[:, 2] >= num_microbatches, table[:, 6] >= num_microbatches
-    only_front, only_back = (op == Op.PAIR) & ~late & late_back, (op == Op.PAIR) & late & ~late_back
-    table[only_front, 0] = Op.FORWARD
-    table[only_back, 0], table[only_back, 1:3] = Op.BACKWARD, table[only_back, 5:7]
-    table[only_front | only_back, 5:7] = -1
-    kept: NDArray[np.int32] = table[~late | only_back]
-    return kept
+    pair = rows.op == Op.PAIR
+    late, late_back = rows.microbatch >= num_microbatches, rows.back_microbatch >= num_microbatches
+    only_front, only_back = pair & ~late & late_back, pair & late & ~late_back
+    rows.op[only_front], rows.op[only_back] = Op.FORWARD, Op.BACKWARD
+    rows.stage[only_back], rows.microbatch[only_back] = rows.back_stage[only_back], rows.back_microbatch[only_back]
+    rows.back_stage[only_front | only_back] = rows.back_microbatch[only_front | only_back] = -1
+    return Instructions(rows.table[~late | only_back])
 
 
 def _count(into: NDArray[np.int32], where: NDArray[np.bool_]) -> None:
