@@ -8,8 +8,6 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +42,15 @@ def main(argv: list[str] | None = None) -> int:
         console = Console(sys.stdout, colour=table.colour, width=page_width())
         console.box("megacore verify", head(plan, name_of(args.run, args.preset), page_width() - 4))
         console.line(table.header())
-    with tempfile.TemporaryDirectory(prefix="megacore-verify-") as folder, naming_the_layout(plan, folder):
-        code = run_local(TARGET, (plan, folder, None if args.json else table), plan.num_ranks)
-        if code:  # the cause has been told
-            raise SystemExit(code)
+    with tempfile.TemporaryDirectory(prefix="megacore-verify-") as folder:
+        code = 1
+        try:
+            code = run_local(TARGET, (plan, folder, None if args.json else table), plan.num_ranks, sys.stderr.write)
+        finally:
+            if code:  # the cause has been told, or (where one process is all) is on its way up
+                sys.stderr.write(where(plan, folder))
+        if code:
+            return code
         outcomes = outcome.read(Path(folder) / "outcomes.json")
     if args.json:
         print(json.dumps(as_json(plan, outcomes), indent=1))
@@ -85,18 +88,13 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-@contextmanager
-def naming_the_layout(plan: "Plan", folder: str) -> Iterator[None]:
-    """If this ends before its time, say in which layout."""
-    try:
-        yield
-    except BaseException:  # also SystemExit, by which a failed rank ends the command
-        turns = [int(sign.name.partition("-")[2]) for sign in Path(folder).glob("turn-*")]
-        if turns:
-            trial = plan.computed[max(turns)]
-            place = f"layout {max(turns) + 1} of {len(plan.computed)}"
-            sys.stderr.write(f'megacore: it was in {trial.text} ({place}); --layouts "{trial.text}" runs it alone\n')
-        raise
+def where(plan: "Plan", folder: str) -> str:
+    """In which layout the ranks have ended before their time."""
+    turns = [int(sign.name.partition("-")[2]) for sign in Path(folder).glob("turn-*")]
+    if not turns:
+        return ""
+    text, place = plan.computed[max(turns)].text, f"{max(turns) + 1} of {len(plan.computed)}"
+    return f'megacore: it was in layout {text} ({place}); --layouts "{text}" runs it alone\n'
 
 
 def as_json(plan: "Plan", outcomes: list["Outcome"]) -> dict[str, Any]:

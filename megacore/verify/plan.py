@@ -174,8 +174,6 @@ def choose(run: RunConfig, named: str | None, max_ranks: int, problems: list[str
     is_new = values_of(own) not in {values_of(layout) for layout in (ONE, *chosen)}
     if is_new and not _unfit(run, "", own, max_ranks):
         chosen.append(own)
-    if not chosen:
-        problems.append(f"--max-ranks={max_ranks} leaves nothing to compare with one process; give 2 or more")
     return sorted(chosen, key=num_ranks), len(legal)
 
 
