@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -10,7 +11,9 @@ import torch
 from megacore.mesh.rank_info import RankInfo
 from megacore.pipeline.engine import PipelineEngine
 from megacore.sharding import reduce
+from megacore.train.build import Built
 from megacore.verify import ranks
+from megacore.verify.measure import Finding, Yardstick, findings
 
 
 def without_sums_over_tp(info: RankInfo, *args: Any) -> None:
@@ -19,44 +22,46 @@ def without_sums_over_tp(info: RankInfo, *args: Any) -> None:
         ranks.work(info, *args)
 
 
+def tampered(info: RankInfo, args: tuple[Any, ...], tamper: Callable[[Built, Yardstick], None]) -> None:
+    """Something happens to what a layout has computed before it is measured."""
+
+    def measured(built: Built, yardstick: Yardstick) -> list[Finding]:
+        tamper(built, yardstick)
+        return findings(built, yardstick)
+
+    with mock.patch.object(ranks, "findings", measured):
+        ranks.work(info, *args)
+
+
 def slightly_off(info: RankInfo, *args: Any) -> None:
     """Layouts with dp get one element of one gradient wrong, by 1e-8 of the gradient norm, on all ranks alike."""
-    measured = ranks.findings
 
-    def findings(built: Any, yardstick: Any) -> Any:
+    def tamper(built: Built, yardstick: Yardstick) -> None:
         if built.mesh.dp.size > 1:
             built.flat.grads.views()["layers.1.mlp.down.weight"][0, 0] += 1e-8 * yardstick.grad_norm
-        return measured(built, yardstick)
 
-    with mock.patch.object(ranks, "findings", findings):
-        ranks.work(info, *args)
+    tampered(info, args, tamper)
 
 
 def copies_drift(info: RankInfo, *args: Any) -> None:
     """On rank 1 one weight's last bit is another."""
-    measured = ranks.findings
 
-    def findings(built: Any, yardstick: Any) -> Any:
+    def tamper(built: Built, yardstick: Yardstick) -> None:
         if info.rank == 1:
             weight = built.flat.params.views()["final_norm.weight"]
             weight[0] = torch.nextafter(weight[0], weight[0] + 1)
-        return measured(built, yardstick)
 
-    with mock.patch.object(ranks, "findings", findings):
-        ranks.work(info, *args)
+    tampered(info, args, tamper)
 
 
 def nan_gradient(info: RankInfo, *args: Any) -> None:
     """One rank's gradient holds a nan."""
-    measured = ranks.findings
 
-    def findings(built: Any, yardstick: Any) -> Any:
+    def tamper(built: Built, yardstick: Yardstick) -> None:
         if info.rank == 1:
             built.flat.grads.views()["final_norm.weight"][3] = torch.nan
-        return measured(built, yardstick)
 
-    with mock.patch.object(ranks, "findings", findings):
-        ranks.work(info, *args)
+    tampered(info, args, tamper)
 
 
 def one_raises(info: RankInfo, *args: Any) -> None:
@@ -65,9 +70,8 @@ def one_raises(info: RankInfo, *args: Any) -> None:
     def run(*args: Any, **more: Any) -> None:
         raise KeyError("the cause")
 
-    if info.rank == 1:
-        PipelineEngine.run = run  # type: ignore[method-assign]
-    ranks.work(info, *args)
+    with mock.patch.object(PipelineEngine, "run", run if info.rank == 1 else PipelineEngine.run):
+        ranks.work(info, *args)
 
 
 def one_dies(info: RankInfo, *args: Any) -> None:
@@ -76,6 +80,5 @@ def one_dies(info: RankInfo, *args: Any) -> None:
     def run(*args: Any, **more: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    if info.rank == 1:
-        PipelineEngine.run = run  # type: ignore[method-assign]
-    ranks.work(info, *args)
+    with mock.patch.object(PipelineEngine, "run", run if info.rank == 1 else PipelineEngine.run):
+        ranks.work(info, *args)
