@@ -97,8 +97,5 @@ EXAMPLES = "F0.3 B0.3 I0.3 W0.3 FB0.3:7.1 SA0.3>1 RA0.3<0 SG1.3>0 RG1.3<1 R0 T0~
 
 # {stage} becomes a named group of digits, the rest stands for itself; no number is written with leading zeros.
 _PATTERNS = MappingProxyType(
-    {
-        op: re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>0|[1-9][0-9]*)", re.escape(form)))
-        for op, form in FORMS.items()
-    }
+    {op: re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>0|[1-9][0-9]*)", re.escape(form))) for op, form in FORMS.items()}
 )
