@@ -141,6 +141,21 @@ def test_legal_schedules_are_returned(schedule: Schedule) -> None:
             "rank 0, position 8, T0~1: it needs rank 0, position 9, R0",
         ),
         (
+            ("F0.0 F0.1 F1.0 F1.1 B1.0 B1.1 B0.0 B0.1 R0 R1 T1~0 O",),
+            "rank 0, position 10, T1~0: a rank has nothing to send to itself",
+        ),
+        (
+            (FIRST.replace("O", "T0~1 O").replace("F0.0", "F0.0 F1.0"), SECOND.replace("O", "T1~0 O")),
+            "rank 1, position 1, F1.0: stage 1 lives on rank 0",
+        ),
+        (
+            (
+                "F0.0 F0.1 F1.0 F1.1 SA1.0>1 SA1.1>1 RG2.0<1 RG2.1<1 B1.0 B1.1 B0.0 B0.1 R0 R1 T1~1 O",
+                "RA1.0<0 RA1.1<0 F2.0 F2.1 B2.0 B2.1 SG2.0>0 SG2.1>0 R2 T2~0 O",
+            ),
+            "rank 0, position 14, T1~1: only the first and the last stage are tied, across ranks",
+        ),
+        (
             (FIRST.replace("O", "T0~1 T0~1 O"), SECOND.replace("O", "T1~0 O")),
             "rank 0, position 10, T0~1: tied gradients are summed already",
         ),

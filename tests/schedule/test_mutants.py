@@ -23,6 +23,7 @@ SMALL = (
     ("1f1b", 1, 2, 0, False),
     ("gpipe", 2, 2, 0, False),
     ("1f1b", 2, 3, 0, True),
+    ("1f1b", 3, 1, 0, True),
     ("forward", 2, 3, 0, False),
     ("zb-h1", 2, 3, 0, False),
     ("zb-v", 2, 2, 0, False),
@@ -136,16 +137,15 @@ class Mutator:
         self.lists[rank][place] = new
 
     def retargeted(self, old: Instruction) -> Instruction:
-        used = [field for field in FIELDS if getattr(old, field) >= 0]
-        field = self.chance.choice([*used, "op"])
+        field = self.chance.choice([*used_fields(old), "op"])
+        return self.chance.choice(self.retargets(old, field))
+
+    def retargets(self, old: Instruction, field: str) -> list[Instruction]:
+        """With every value of a field, and one beyond at both ends."""
         if field == "op":
-            new = old._replace(op=self.chance.choice(list(Op)))
-        else:
-            limit = {"peer": len(self.lists), "unit": 3}.get(
-                field, self.num_stages if "stage" in field else self.num_microbatches
-            )
-            new = old._replace(**{field: self.chance.randint(-1, limit)})
-        return new
+            return [old._replace(op=op) for op in Op]
+        limits = {"peer": len(self.lists), "unit": 3, "stage": self.num_stages, "back_stage": self.num_stages}
+        return [old._replace(**{field: value}) for value in range(-1, limits.get(field, self.num_microbatches) + 1)]
 
     def any_place(self, rank: int, *ops: Op) -> int:
         """Of an instruction with one of some ops, if there is any."""
@@ -172,6 +172,10 @@ class Mutator:
             if each.op == op and same:
                 return where, place
         return None
+
+
+def used_fields(i: Instruction) -> list[str]:
+    return [field for field in FIELDS if getattr(i, field) >= 0]
 
 
 def exchange(each: list[Instruction], one: int, other: int) -> None:
@@ -242,7 +246,8 @@ def test_random_mutants(kind: str, threads: Threads) -> None:
 
 
 def single_edits(schedule: Schedule) -> Iterator[Lists]:
-    """Everything that one drop, one doubling or one swap can make."""
+    """Everything that one edit can make."""
+    mutator = Mutator(list(map(list, schedule.ranks)), schedule.num_microbatches, random.Random(0))
     for rank, old in enumerate(list(map(list, schedule.ranks))):
         for place, each in enumerate(old):
             yield replaced(schedule, rank, old[:place] + old[place + 1 :])
@@ -252,6 +257,9 @@ def single_edits(schedule: Schedule) -> Iterator[Lists]:
                 new = old.copy()
                 exchange(new, place, other)
                 yield replaced(schedule, rank, new)
+            for field in [*used_fields(each), "op"]:
+                for new_one in mutator.retargets(each, field):
+                    yield replaced(schedule, rank, [*old[:place], new_one, *old[place + 1 :]])
 
 
 def replaced(schedule: Schedule, rank: int, new: list[Instruction]) -> Lists:
