@@ -100,6 +100,7 @@ TINY = (
     "model.num_kv_heads=2",
     "model.vocab_size=64",
     "train.seq_len=16",
+    "train.micro_batch_size=1",
     "train.global_batch_size=4",
 )
 
