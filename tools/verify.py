@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
                 sys.stderr.write(where(plan, folder))
         if code:
             return code
-        outcomes = outcome.read(Path(folder) / "outcomes.json")
+        outcomes = outcome.read(Path(folder))
     if args.json:
         print(json.dumps(as_json(plan, outcomes), indent=1))
     else:

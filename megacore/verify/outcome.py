@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+FILE = "outcomes.json"
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -46,11 +48,13 @@ class Outcome:
         return {**flat, "agrees": self.agrees}
 
 
-def write(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Keep outcomes in a file."""
-    path.write_text(json.dumps([asdict(outcome) for outcome in outcomes]))
+def write(outcomes: Sequence[Outcome], folder: Path) -> None:
+    """Keep outcomes in a file of the folder."""
+    (folder / FILE).write_text(json.dumps([asdict(outcome) for outcome in outcomes]))
 
 
-def read(path: Path) -> list[Outcome]:
+def read(folder: Path) -> list[Outcome]:
     """What `write` kept."""
-    return [Outcome(**{**entry, "problems": tuple(entry["problems"])}) for entry in json.loads(path.read_text())]
+    return [
+        Outcome(**{**entry, "problems": tuple(entry["problems"])}) for entry in json.loads((folder / FILE).read_text())
+    ]

@@ -25,11 +25,10 @@ from megacore.verify.plan import Plan, Trial
 from megacore.verify.samples import microbatches
 from megacore.verify.screen import Table
 
-OUTCOMES = "outcomes.json"
-
 
 def work(info: RankInfo, plan: Plan, folder: str, table: Table | None) -> None:
-    """One rank's part in everything that ``plan`` computes. Rank 0 shows ``table`` as it grows and writes OUTCOMES."""
+    """One rank's part in everything that ``plan`` computes. Rank 0 shows ``table`` as it grows, and leaves the outcomes
+    in ``folder``."""
     shop = Path(folder)
     console = Console(sys.stdout, colour=table.colour) if table and info.rank == 0 else Console()
     judge, outcomes = Judge(shop), []
@@ -46,7 +45,7 @@ def work(info: RankInfo, plan: Plan, folder: str, table: Table | None) -> None:
                 console.line("\n".join(table.lines(outcome)))
     console.close()
     if info.rank == 0:
-        outcome_files.write(outcomes, shop / OUTCOMES)
+        outcome_files.write(outcomes, shop)
 
 
 def take_turn(shop: Path, turn: int, rank: int) -> None:
