@@ -1,10 +1,13 @@
 """Where each parameter lies in a flat buffer: pure slot arithmetic, no storage."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 ALIGNMENT = 64
 """Elements: slots start at multiples of it, so that views are aligned for vector units and reductions."""
+
+Shapes = Iterable[tuple[str, Sequence[int]]]
 
 
 @dataclass(frozen=True)
@@ -16,43 +19,58 @@ class Slot:
     offset: int
     numel: int
 
-    @property
-    def end(self) -> int:
-        """Where the next slot may begin."""
-        return self.offset + -(-self.numel // ALIGNMENT) * ALIGNMENT
-
 
 @dataclass(frozen=True)
 class BufferLayout:
-    """Slots in the order of the stage's parameters; ``size`` includes the alignment gaps."""
+    """Slots in the order of the rank's parameters; ``size`` includes the alignment gaps.
+
+    ``buckets`` are the (start, end) of the runs of slots that travel in one message; they cover the buffer.
+    """
 
     slots: tuple[Slot, ...]
     size: int
+    buckets: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def of(cls, shapes: Iterable[tuple[str, Sequence[int]]]) -> "BufferLayout":
-        """Lay (name, local shape) pairs one after the other."""
-        slots, offset = [], 0
-        for name, shape in shapes:
-            numel = 1
-            for length in shape:
-                numel *= length
-            slots.append(Slot(name, tuple(shape), offset, numel))
-            offset = slots[-1].end
-        return cls(tuple(slots), offset)
+    def of(cls, shapes: Shapes) -> "BufferLayout":
+        """Lay (name, local shape) pairs one after the other, in one bucket."""
+        return cls.in_buckets([shapes])
+
+    @classmethod
+    def in_buckets(cls, groups: Iterable[Shapes], num_shards: int = 1) -> "BufferLayout":
+        """A bucket for each group of (name, local shape) pairs, padded so that its ``num_shards`` equal pieces are
+        aligned, too. Groups without elements have none."""
+        slots: list[Slot] = []
+        buckets: list[tuple[int, int]] = []
+        begin = 0
+        for shapes in groups:
+            offset = begin
+            for name, shape in shapes:
+                numel = math.prod(shape)
+                slots.append(Slot(name, tuple(shape), offset, numel))
+                offset = offset + _aligned(numel, ALIGNMENT)
+            if offset > begin:
+                end = begin + _aligned(offset - begin, ALIGNMENT * num_shards)
+                buckets.append((begin, end))
+                begin = end
+        return cls(tuple(slots), begin, tuple(buckets))
 
 
-def buckets(slots: Sequence[Slot], num_elements: int) -> tuple[tuple[int, int], ...]:
-    """Cut neighbouring slots at their boundaries into (start, end) runs of about ``num_elements``, last slots first.
+def groups_of_size(shapes: Shapes, num_elements: int) -> list[list[tuple[str, Sequence[int]]]]:
+    """Cut (name, local shape) pairs into groups of at least ``num_elements``; only the first may be smaller.
 
-    Backward finishes the last layers first, so their bucket can be reduced first.
+    Backward finishes the last parameters first, so their group is full and travels first.
     """
-    if not slots:
-        return ()
-    cuts = [slots[-1].end]
-    for slot in reversed(slots):
-        if cuts[-1] - slot.offset >= num_elements:
-            cuts.append(slot.offset)
-    if cuts[-1] > slots[0].offset:
-        cuts.append(slots[0].offset)
-    return tuple((cuts[i + 1], cuts[i]) for i in range(len(cuts) - 1))
+    groups: list[list[tuple[str, Sequence[int]]]] = [[]]
+    size = 0
+    for name, shape in reversed(list(shapes)):
+        if size >= num_elements:
+            groups.append([])
+            size = 0
+        groups[-1].append((name, shape))
+        size += math.prod(shape)
+    return [group[::-1] for group in reversed(groups)]
+
+
+def _aligned(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megacore.layout.buffer import BufferLayout
+from megacore.layout.buffer import BufferLayout, groups_of_size
+
+BUCKET_BYTES = 1 << 25
+"""Gradients that travel in one message, about."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,17 @@ class FlatParameters:
     def adopt(cls, modules: Iterable[nn.Module]) -> "FlatParameters":
         """Move the modules' parameters into flat buffers and give each its gradient's view, where backward adds to it.
 
-        A parameter that two modules share lies where the first of them has it.
+        A parameter that two modules share lies where the first of them has it. No bucket holds parameters of two.
         """
         named: dict[str, nn.Parameter] = {}
+        groups = []
         for module in modules:
-            named.update(module.named_parameters())
-        layout = BufferLayout.of((name, param.shape) for name, param in named.items())
+            new = {name: param for name, param in module.named_parameters() if name not in named}
+            named.update(new)
+            for param in list(new.values())[:1]:
+                shapes = [(name, param.shape) for name, param in new.items()]
+                groups += groups_of_size(shapes, BUCKET_BYTES // param.element_size())
+        layout = BufferLayout.in_buckets(groups)
         first = next(iter(named.values()))
         params = FlatBuffer.zeros(layout, first.dtype, first.device)
         grads = FlatBuffer.zeros(layout, first.dtype, first.device)

@@ -10,21 +10,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megacore.layout.buffer import buckets
 from megacore.mesh.collectives import all_reduce, all_reduce_start
 from megacore.mesh.group import Group, Pending
 from megacore.mesh.mesh import ParallelMesh
 from megacore.sharding.flat import FlatBuffer
 from megacore.spec import ParamSpec
 
-BUCKET_BYTES = 1 << 25
-
 
 class GradientReducer:
     """The sums of gradients over ``mesh``, for each of a rank's stages by itself.
 
     ``stages`` gives the parameters of every stage, in the order of the buffer; one that two stages share belongs to the
-    first, whose backward ends last.
+    first, whose backward ends last. No bucket of the buffer holds parameters of two stages.
     """
 
     def __init__(
@@ -33,16 +30,16 @@ class GradientReducer:
         self.mesh = mesh
         self.pending: list[Pending] = []
         self.stages: dict[int, _StageGradients] = {}
-        views, slots = grads.views(), {slot.name: slot for slot in grads.layout.slots}
+        views, offsets = grads.views(), {slot.name: slot.offset for slot in grads.layout.slots if slot.numel}
         for stage, names in stages.items():
-            own = [slots.pop(name) for name in names if name in slots]
-            held = {slot.name: views[slot.name] for slot in own}
+            own = {name: offsets.pop(name) for name in names if name in offsets}
+            held = {name: views[name] for name in own}
+            starts = set(own.values())
             self.stages[stage] = _StageGradients(
                 partial=[view for name, view in held.items() if "tp" in specs[name].partial],
                 copied=[piece for name, view in held.items() for piece in copied_pieces(view, specs[name], mesh.tp)],
-                buckets=[
-                    grads.data[start:end] for start, end in buckets(own, BUCKET_BYTES // grads.data.element_size())
-                ],
+                # backward finishes the last layers first
+                buckets=[grads.data[start:end] for start, end in reversed(grads.layout.buckets) if start in starts],
             )
 
     def start(self, stage: int) -> None:

@@ -1,7 +1,5 @@
 """Gradient sums against adding up every rank's part, row by row of the global tensors."""
 
-from unittest import mock
-
 import pytest
 import torch
 from torch import Tensor
@@ -9,9 +7,10 @@ from torch import Tensor
 from megacore.config.resolve import resolve_model
 from megacore.config.schema import ModelConfig
 from megacore.layout import BufferLayout, Layout
+from megacore.layout.buffer import groups_of_size
 from megacore.mesh.mesh import ParallelMesh
-from megacore.sharding import reduce
 from megacore.sharding.flat import FlatBuffer
+from megacore.sharding.reduce import GradientReducer
 from megacore.spec import ModelSpec, ParamSpec
 from tests.pool import WorkerPool
 
@@ -59,17 +58,17 @@ def expected(spec: ParamSpec, place: int, layout: Layout, rank: int) -> Tensor:
     return whole.index_select(spec.dim, rows_of(spec, at["tp"], tp))
 
 
-def reduce_on_rank(rank: int, layout: Layout, sequence: bool, bucket_bytes: int, two_stages: bool = False) -> int:
+def reduce_on_rank(rank: int, layout: Layout, sequence: bool, num_elements: int, two_stages: bool = False) -> int:
     mesh = ParallelMesh.build(layout, rank, CPU, max(1, layout.tp // MODEL.num_kv_heads))
     params = ModelSpec.of(MODEL, sequence).params
     shapes = [(spec.name, spec.local_shape(mesh.tp.rank, mesh.tp.size)) for spec in params]
-    grads = FlatBuffer.zeros(BufferLayout.of(shapes), torch.float64, CPU)
+    cut = {0: shapes[:5], 3: shapes[5:]} if two_stages else {0: shapes}
+    groups = [group for own in cut.values() for group in groups_of_size(own, num_elements)]
+    grads = FlatBuffer.zeros(BufferLayout.in_buckets(groups), torch.float64, CPU)
     for place, (name, shape) in enumerate(shapes):
         grads.views()[name].copy_(part_of(rank, place, shape))
-    names = [name for name, _ in shapes]
-    cut = {0: names[:5], 3: names[5:]} if two_stages else {0: names}
-    with mock.patch.object(reduce, "BUCKET_BYTES", bucket_bytes):
-        reducer = reduce.GradientReducer(grads, {spec.name: spec for spec in params}, mesh, cut)
+    names = {stage: [name for name, _ in own] for stage, own in cut.items()}
+    reducer = GradientReducer(grads, {spec.name: spec for spec in params}, mesh, names)
     for stage in reversed(cut):
         reducer.start(stage)
     reducer.finish()
@@ -89,14 +88,14 @@ def reduce_on_rank(rank: int, layout: Layout, sequence: bool, bucket_bytes: int,
     ids=Layout.describe,
 )
 def test_every_rank_gets_the_whole_gradient_of_what_it_holds(pool: WorkerPool, layout: Layout, sequence: bool) -> None:
-    assert pool.run(reduce_on_rank, layout.world, layout, sequence, 1 << 25) == [1] * layout.world
+    assert pool.run(reduce_on_rank, layout.world, layout, sequence, 10**9) == [1] * layout.world
 
 
 def test_the_number_of_buckets_changes_nothing(pool: WorkerPool) -> None:
     layout = Layout(tp=2, dp=2, dp_shard=2)
-    assert min(pool.run(reduce_on_rank, 4, layout, False, 2048)) > 3
+    assert min(pool.run(reduce_on_rank, 4, layout, False, 60)) > 3
 
 
 def test_stages_are_summed_each_by_itself(pool: WorkerPool) -> None:
     layout = Layout(tp=2, dp=2, dp_shard=2)
-    assert pool.run(reduce_on_rank, 4, layout, False, 1 << 25, True) == [2] * 4
+    assert pool.run(reduce_on_rank, 4, layout, False, 10**9, True) == [2] * 4
