@@ -23,7 +23,7 @@ from megacore.mesh.mesh import ParallelMesh
 from megacore.mesh.rank_info import RankInfo
 from megacore.model.inputs import Inputs
 from megacore.parallel.wgrad import WeightGradients
-from megacore.pipeline.engine import Actions, PipelineEngine, compile_list
+from megacore.pipeline.engine import Actions, PipelineEngine
 from megacore.schedule.check import check
 from megacore.schedule.generators.generate import generate
 from megacore.schedule.lower import lower
@@ -127,7 +127,7 @@ def run_once(engine: PipelineEngine, schedule: Schedule, mesh: ParallelMesh) -> 
     """One step, on all ranks together."""
     token_bs = torch.zeros(1, TOKENS, dtype=torch.int64)
     microbatches = [Inputs(token_bs, token_bs, torch.zeros(1, dtype=torch.int64))] * schedule.num_microbatches
-    steps = compile_list(schedule.ranks[mesh.pp.rank])
+    steps = engine.compile(schedule.ranks[mesh.pp.rank])
     clock = StepClock(mesh)
     engine.run(steps, microbatches, marks=clock.marks)
     return clock.read(schedule)

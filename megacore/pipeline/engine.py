@@ -1,8 +1,10 @@
 """Executes a list of instructions: a table from op to handler, and nothing that knows of any schedule."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +16,20 @@ from megacore.model.stage import Loss, Stage
 from megacore.parallel.wgrad import WeightGradients, Work
 from megacore.pipeline.clock import Mark
 from megacore.pipeline.mailbox import Mailbox
-from megacore.schedule.instruction import MESSAGES, Instruction, Op
+from megacore.schedule.instruction import COMPUTE, MESSAGES, RECEIVES, Instruction, Op
 
-Step = tuple[Op, Sequence[Instruction]]
+AHEAD = 2
+"""Computations."""
+Marks = dict[int, tuple[Mark, Mark]]
+"""Begin and end of an instruction, by its place in the list."""
+
+
+class Step(NamedTuple):
+    """What is done at once: one instruction, or messages that are posted together; and their places in the list."""
+
+    op: Op
+    instructions: tuple[Instruction, ...]
+    places: tuple[int, ...]
 
 
 @dataclass
@@ -47,15 +60,38 @@ class Actions:
     """Updates the weights."""
 
 
-def compile_list(instructions: Iterable[Instruction]) -> list[Step]:
-    """The list as the engine walks it: messages that follow each other are posted together."""
+def compile_list(instructions: Iterable[Instruction], by_name: bool) -> list[Step]:
+    """The list as the engine walks it: messages that follow each other are posted together.
+
+    Where the backend matches messages ``by_name``, receives are posted ``AHEAD`` computations early: what arrives while
+    a rank computes then finds its place. (One that matches by order needs them where the list was proved to run.)
+    """
+    numbered = list(enumerate(instructions))
+    if by_name:
+        numbered = _receives_ahead(numbered)
     steps: list[Step] = []
-    for is_message, run in groupby(instructions, lambda each: each.op in MESSAGES):
+    for is_message, run in groupby(numbered, lambda each: each[1].op in MESSAGES):
         if is_message:
-            steps.append((Op.SEND_ACTIVATION, tuple(run)))
+            places, messages = zip(*run)
+            steps.append(Step(Op.SEND_ACTIVATION, messages, places))
         else:
-            steps += [(each.op, (each,)) for each in run]
+            steps += [Step(each.op, (each,), (place,)) for place, each in run]
     return steps
+
+
+def _receives_ahead(numbered: list[tuple[int, Instruction]]) -> list[tuple[int, Instruction]]:
+    moved: list[tuple[int, Instruction]] = []
+    last: deque[int] = deque(maxlen=AHEAD)  # where the last computations stand
+    for place, each in numbered:
+        if each.op in RECEIVES:
+            to = last[0] if len(last) == AHEAD else 0
+            moved.insert(to, (place, each))
+            last = deque((at + 1 for at in last), AHEAD)
+            continue
+        if each.op in COMPUTE:
+            last.append(len(moved))
+        moved.append((place, each))
+    return moved
 
 
 class PipelineEngine:
@@ -91,13 +127,17 @@ class PipelineEngine:
         self.put_off: dict[tuple[int, int], list[Work]] = {}
         self.peak_live = 0
 
+    def compile(self, instructions: Iterable[Instruction]) -> list[Step]:
+        """This rank's list in the form that ``run`` walks."""
+        return compile_list(instructions, by_name=self.pp.backend == "gloo")
+
     def run(
         self,
         steps: Sequence[Step],
         microbatches: Sequence[Inputs],
         loss_weight: float = 1.0,
         logits: bool = False,
-        marks: list[tuple[Mark, Mark]] | None = None,
+        marks: Marks | None = None,
     ) -> Sums:
         """Walk a compiled list.
 
@@ -107,14 +147,14 @@ class PipelineEngine:
         self.microbatches, self.loss_weight, self.wants_logits = microbatches, loss_weight, logits
         self.sums, self.logits, self.peak_live = Sums.zeros(self.device), None, 0
         self.mailbox = Mailbox(self.pp, self.num_stages)
-        for op, instructions in steps:
+        for op, instructions, places in steps:
             if marks is None:
                 self._do(op, instructions)
             else:
                 self._settle(instructions)  # waiting is not computing
                 began = Mark(self.device)
                 self._do(op, instructions)
-                marks += [(began, Mark(self.device))] * len(instructions)
+                marks.update(dict.fromkeys(places, (began, Mark(self.device))))
         self.mailbox.close()
         assert not self.live and not self.put_off, (list(self.live), list(self.put_off))
         return self.sums

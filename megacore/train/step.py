@@ -14,8 +14,7 @@ from megacore.model.stage import TIED, Stage
 from megacore.optim.groups import Optimizer
 from megacore.optim.norm import GlobalNorm
 from megacore.parallel.wgrad import WeightGradients
-from megacore.pipeline.clock import Mark
-from megacore.pipeline.engine import Actions, PipelineEngine, Step, Sums, compile_list
+from megacore.pipeline.engine import Actions, Marks, PipelineEngine, Step, Sums
 from megacore.schedule.generators.generate import forward_only
 from megacore.schedule.lower import lower
 from megacore.schedule.schedule import Schedule
@@ -80,7 +79,7 @@ class Trainer:
         microbatches: Sequence[Inputs],
         num_nominal: int,
         lr: float,
-        marks: list[tuple[Mark, Mark]] | None = None,
+        marks: Marks | None = None,
     ) -> StepResult:
         """Train on this rank's part of a batch of ``num_nominal`` tokens in all; ``marks`` as the engine takes them."""
         self.num_nominal, self.lr = num_nominal, lr
@@ -110,7 +109,7 @@ class Trainer:
 
     def _compiled(self, known: dict[int, list[Step]], plan: Callable[[int], Schedule], number: int) -> list[Step]:
         if number not in known:
-            known[number] = compile_list(plan(number).ranks[self.mesh.pp.rank])
+            known[number] = self.engine.compile(plan(number).ranks[self.mesh.pp.rank])
         return known[number]
 
     def _sum_tied(self, stage: int, peer: int) -> None:
