@@ -81,11 +81,10 @@ def compile_list(instructions: Iterable[Instruction], by_name: bool) -> list[Ste
 
 def _receives_ahead(numbered: list[tuple[int, Instruction]]) -> list[tuple[int, Instruction]]:
     moved: list[tuple[int, Instruction]] = []
-    last: deque[int] = deque(maxlen=AHEAD)  # where the last computations stand
+    last = deque([0] * AHEAD, AHEAD)  # where the last computations stand
     for place, each in numbered:
         if each.op in RECEIVES:
-            to = last[0] if len(last) == AHEAD else 0
-            moved.insert(to, (place, each))
+            moved.insert(last[0], (place, each))
             last = deque((at + 1 for at in last), AHEAD)
             continue
         if each.op in COMPUTE:

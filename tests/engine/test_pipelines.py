@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megacore.config.schema import RunConfig
 from megacore.mesh.group import CommLog
+from megacore.pipeline.engine import AHEAD
 from megacore.schedule.generators.generate import generate
 from megacore.schedule.instruction import SENDS
 from megacore.schedule.live import peak_activations
@@ -214,4 +215,5 @@ def test_memory_follows_the_activations_that_the_schedule_keeps(pool: WorkerPool
     model, seq_len = config.model, config.train.seq_len
     of_block = activation_bytes(model, seq_len, 1, recompute=recompute, dtype_bytes=8)
     of_stage = len(layers_of_stages(model, seq_len, 2)[0]) * of_block
-    assert (peaks[0] - peaks[1]) / (8 - 2) == pytest.approx(of_stage, rel=0.08)
+    messages = (AHEAD + 1) * seq_len * model.hidden_size * 8  # under way at one peak, perhaps, and not at the other
+    assert peaks[0] - peaks[1] == pytest.approx((8 - 2) * of_stage, rel=0.02, abs=messages)

@@ -21,7 +21,7 @@ def test_messages_that_follow_each_other_are_one_step() -> None:
 
 def test_receives_come_two_computations_early_and_stay_in_order() -> None:
     text = "F0.0 SA0.0>1 F0.1 SA0.1>1 RG1.0<1 B0.0 RG1.1<1 B0.1"
-    assert spelt(text, by_name=True) == ["RG1.0<1", "F0.0", "SA0.0>1", "RG1.1<1", "F0.1", "SA0.1>1", "B0.0", "B0.1"]
+    assert spelt(text, by_name=True) == ["RG1.0<1", "F0.0", "SA0.0>1 RG1.1<1", "F0.1", "SA0.1>1", "B0.0", "B0.1"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
