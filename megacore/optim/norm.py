@@ -1,44 +1,73 @@
-"""The global gradient norm: each parameter once, whatever ranks hold copies of it."""
+"""The global gradient norm: each element once, whatever ranks hold copies or other runs of its parameter."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
+from megacore.layout.shards import Run, runs_of
 from megacore.mesh.collectives import all_reduce
+from megacore.mesh.group import Group
 from megacore.mesh.mesh import ParallelMesh
+from megacore.optim.counted import Counted
 from megacore.sharding.flat import FlatBuffer
 from megacore.spec import ParamSpec
 
 
 class GlobalNorm:
-    """The norm of all gradients of the model.
+    """The norm of all gradients of the model, and of each parameter's.
 
-    Squares are formed per parameter, placed by global order, summed over the ranks of one model copy and then added
-    in that order, so pipelines do not change a bit of it. ``copies`` are parameters here that another pipeline rank
-    counts (a tied output matrix).
+    Squares are formed per parameter, placed by global order, summed over the ranks of one model copy and over those
+    that share its tensors (``shards``), and then added in that order, so pipelines do not change a bit of it.
+    ``specs`` are all parameters in global order, ``copies`` those here that another pipeline rank counts (a tied
+    output matrix). What is frozen has no runs, and so no part in the norm.
     """
 
     def __init__(
-        self, grads: FlatBuffer, params: Sequence[ParamSpec], mesh: ParallelMesh, copies: Collection[str] = ()
+        self,
+        runs: Sequence[Run],
+        specs: Sequence[ParamSpec],
+        mesh: ParallelMesh,
+        shards: Group,
+        copies: Collection[str] = (),
     ) -> None:
-        self.mesh, self.num_params = mesh, len(params)
-        self.owned: list[Tensor] = []
-        places: list[int] = []
-        views: Mapping[str, Tensor] = grads.views()
-        for place, spec in enumerate(params):
-            if spec.name not in views or spec.name in copies:
-                continue
-            for piece in spec.pieces(mesh.tp.rank, mesh.tp.size):
-                if piece.copy == 0:
-                    self.owned.append(views[spec.name].narrow(spec.dim, piece.local, piece.size))
-                    places.append(place)
-        self.places = torch.tensor(places, dtype=torch.long, device=grads.data.device)
+        self.mesh, self.shards, self.num_params = mesh, shards, len(specs)
+        self.counted = Counted(runs, specs, mesh.tp, copies)
+        places = [part.place for part in self.counted.parts]
+        self.places = torch.tensor(places, dtype=torch.long, device=mesh.device)
 
-    def __call__(self) -> Tensor:
-        """The norm, a float64 scalar on the device, equal on all ranks."""
-        squares = torch.zeros(self.num_params, dtype=torch.float64, device=self.places.device)
-        if self.owned:
-            norms = torch.stack(torch._foreach_norm(self.owned)).to(torch.float64)
-            squares.index_add_(0, self.places, norms.square_())
-        return all_reduce(squares, self.mesh.model).sum().sqrt()
+    def __call__(self, grads: Sequence[Tensor] = ()) -> Tensor:
+        """The norm of ``grads`` (one 1-D tensor per run): a float64 scalar on the device, equal on all ranks."""
+        return self.squares(grads).sum().sqrt()
+
+    def squares(self, grads: Sequence[Tensor]) -> Tensor:
+        """The squared norm of every parameter's gradient [num_params], float64 on the device, equal on all ranks."""
+        squares = sums_of_squares(self.counted.of(grads), self.places, self.num_params)
+        return all_reduce(all_reduce(squares, self.mesh.model), self.shards)
+
+
+class BufferNorm(GlobalNorm):
+    """The norm of a flat buffer that no other rank shares; takes no arguments."""
+
+    def __init__(
+        self, grads: FlatBuffer, specs: Sequence[ParamSpec], mesh: ParallelMesh, copies: Collection[str] = ()
+    ) -> None:
+        super().__init__(runs_of(grads.layout, 0, 1), specs, mesh, Group.single("dp_shard"), copies)
+        self.grads = [view.reshape(-1) for view in grads.views().values() if view.numel()]
+
+    def __call__(self, grads: Sequence[Tensor] = ()) -> Tensor:
+        """As ``GlobalNorm``, of the buffer."""
+        return super().__call__(self.grads)
+
+
+def sums_of_squares(tensors: list[Tensor], places: Tensor, size: int) -> Tensor:
+    """Squared norms of ``tensors``, added up at their ``places`` of a float64 [size].
+
+    16-bit tensors are taken in float32, whose range their squares need.
+    """
+    sums = torch.zeros(size, dtype=torch.float64, device=places.device)
+    if tensors:
+        dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+        norms = torch.stack(torch._foreach_norm(tensors, 2, dtype)).to(torch.float64)
+        sums.index_add_(0, places, norms.square_())
+    return sums

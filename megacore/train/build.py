@@ -19,7 +19,7 @@ from megacore.model.stage import TIED, Objective, Stage
 from megacore.monitor.console import Phases
 from megacore.optim.adamw import AdamW
 from megacore.optim.groups import Optimizer
-from megacore.optim.norm import GlobalNorm
+from megacore.optim.norm import BufferNorm
 from megacore.optim.sgd import SGD
 from megacore.parallel.parameters import ParameterMaker
 from megacore.parallel.tensor import TensorParallel
@@ -93,7 +93,7 @@ def build(
             mesh,
             tp.wgrad,
             GradientReducer(flat.grads, spec.by_name, mesh, names),
-            GlobalNorm(flat.grads, spec.params, mesh, () if 0 in stages else (TIED,)),
+            BufferNorm(flat.grads, spec.params, mesh, () if 0 in stages else (TIED,)),
             make_optimizer(config, flat, spec.by_name),
             config.optim.clip_grad,
         )

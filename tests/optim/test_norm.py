@@ -1,78 +1,107 @@
-"""The global norm counts each parameter once, whatever ranks hold copies or shards of it."""
-
-from dataclasses import replace
+"""The global norm counts each element once, whatever ranks hold copies or runs of its parameter."""
 
 import pytest
 import torch
-from torch import Tensor
 
-from megacore.config.resolve import resolve_model
-from megacore.config.schema import ModelConfig
 from megacore.layout import BufferLayout, Layout
+from megacore.layout.partition import Segment
+from megacore.layout.shards import Run
+from megacore.mesh.group import Group
 from megacore.mesh.mesh import ParallelMesh
-from megacore.optim.norm import GlobalNorm
+from megacore.optim.counted import Counted
+from megacore.optim.norm import BufferNorm, GlobalNorm
 from megacore.sharding.flat import FlatBuffer
-from megacore.spec import ModelSpec, ParamSpec
+from megacore.spec import ParamSpec
+from megacore.spec.params import columns
+from tests.optim.cutting import CPU, LAYOUTS, SPECS, alone, cut, whole_tensor
 from tests.pool import WorkerPool
 
-CPU = torch.device("cpu")
-# Ragged vocabulary and MLP, one kv head for all ranks, weights without rows on some ranks, biases, norms of heads.
-MODEL = resolve_model(
-    ModelConfig(
-        num_layers=2,
-        hidden_size=10,
-        ffn_hidden_size=7,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=2,
-        vocab_size=3,
-        qk_norm=True,
-        qkv_bias=True,
-        mlp_bias=True,
-    ),
-    seq_len=8,
-)
 
-
-def whole_gradient(place: int, spec: ParamSpec) -> Tensor:
-    return torch.randn(spec.shape, generator=torch.Generator().manual_seed(place), dtype=torch.float64) * (1 + place)
-
-
-def norm_of_rank(rank: int, layout: Layout) -> float:
-    mesh = ParallelMesh.build(layout, rank, CPU, max(1, layout.tp // MODEL.num_kv_heads))
-    params = ModelSpec.of(MODEL).params
-    shapes = [(spec.name, spec.local_shape(mesh.tp.rank, mesh.tp.size)) for spec in params]
-    grads = FlatBuffer.zeros(BufferLayout.of(shapes), torch.float64, CPU)
-    views = grads.views()
-    for place, spec in enumerate(params):
-        whole = whole_gradient(place, spec)
-        for piece in spec.pieces(mesh.tp.rank, mesh.tp.size):
-            own = whole.narrow(spec.dim, piece.start, piece.size)
-            views[spec.name].narrow(spec.dim, piece.local, piece.size).copy_(own)
-    norm = GlobalNorm(grads, params, mesh)()
-    assert norm.dtype == torch.float64
+def norms_of_rank(rank: int, layout: Layout) -> tuple[float, list[float]]:
+    own = cut(rank, layout)
+    grads = own.of(whole_tensor)
+    norm, squares = own.norm(grads), own.norm.squares(grads)
+    assert norm.dtype == squares.dtype == torch.float64
     assert norm.shape == ()
-    return norm.item()
+    return norm.item(), squares.tolist()
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [Layout(), Layout(tp=2), Layout(tp=4), Layout(dp=2, dp_shard=2), Layout(tp=2, dp=2, dp_shard=2)],
-    ids=Layout.describe,
-)
-def test_norm_is_that_of_the_whole_gradient_on_every_rank(pool: WorkerPool, layout: Layout) -> None:
-    params = ModelSpec.of(MODEL).params
-    expected = torch.cat([whole_gradient(place, spec).reshape(-1) for place, spec in enumerate(params)]).norm().item()
-    norms = pool.run(norm_of_rank, layout.world, layout)
-    assert norms == pytest.approx([expected] * layout.world, rel=1e-14)
-    assert len(set(norms)) == 1  # to the bit: ranks must agree on clipping
+@pytest.mark.parametrize("layout", [Layout(), *LAYOUTS], ids=Layout.describe)
+def test_norms_are_those_of_whole_gradients_on_every_rank(pool: WorkerPool, layout: Layout) -> None:
+    wholes = [whole_tensor(place, spec).reshape(-1) for place, spec in enumerate(SPECS)]
+    results = pool.run(norms_of_rank, layout.world, layout)
+    for norm, squares in results:
+        assert norm == pytest.approx(torch.cat(wholes).norm().item(), rel=1e-14)
+        assert squares == pytest.approx([whole.square().sum().item() for whole in wholes], rel=1e-14)
+    assert len({norm for norm, _ in results}) == 1  # to the bit: ranks must agree on clipping
+
+
+def buffer_norm_of_rank(rank: int, layout: Layout) -> tuple[float, float, float]:
+    """The norm of whole tensors as runs, of the buffer, and as a sum of the norms of pieces."""
+    own = cut(rank, layout)
+    tp = own.mesh.tp
+    buffer = FlatBuffer.zeros(
+        BufferLayout.of((spec.name, spec.local_shape(tp.rank, tp.size)) for spec in SPECS), torch.float32, CPU
+    )
+    squares = torch.zeros(len(SPECS), dtype=torch.float64)
+    for place, spec in enumerate(SPECS):
+        view = buffer.views()[spec.name]
+        view.copy_(own.local(spec, whole_tensor(place, spec)))
+        for piece in spec.pieces(tp.rank, tp.size):
+            if piece.copy == 0:
+                squares[place] += view.narrow(spec.dim, piece.local, piece.size).norm().to(torch.float64).square()
+    if tp.size > 1:
+        torch.distributed.all_reduce(squares, group=tp.handle)
+    return (
+        own.norm(own.of(whole_tensor, torch.float32)).item(),
+        BufferNorm(buffer, SPECS, own.mesh)().item(),
+        squares.sum().sqrt().item(),
+    )
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2)], ids=Layout.describe)
+def test_whole_tensors_give_the_bits_of_their_pieces(pool: WorkerPool, layout: Layout) -> None:
+    for norms in pool.run(buffer_norm_of_rank, layout.world, layout):
+        assert len(set(norms)) == 1
 
 
 @pytest.mark.parametrize("poison", [torch.inf, torch.nan])
 def test_one_bad_number_shows(poison: float) -> None:
-    params = ModelSpec.of(replace(MODEL, num_layers=1)).params
-    grads = FlatBuffer.zeros(BufferLayout.of((spec.name, spec.shape) for spec in params), torch.float32, CPU)
-    norm = GlobalNorm(grads, params, ParallelMesh.single())
-    assert norm().item() == 0.0
-    grads.views()["final_norm.weight"][3] = poison
-    assert not norm().isfinite()
+    own = alone()
+    grads = [torch.zeros(run.numel, dtype=torch.float32) for run in own.runs]
+    assert own.norm(grads).item() == 0.0
+    grads[-2][-1] = poison
+    assert not own.norm(grads).isfinite()
+
+
+def test_squares_of_16_bit_gradients_do_not_overflow() -> None:
+    own = alone()
+    grads = [torch.full((run.numel,), 6e4, dtype=torch.float16) for run in own.runs]
+    whole = torch.cat([grad.to(torch.float64) for grad in grads]).norm().item()
+    assert own.norm(grads).item() == pytest.approx(whole, rel=1e-6)
+
+
+def test_what_has_no_run_has_no_part_in_the_norm() -> None:
+    run = Run("final_norm.weight", 2, 5, 0)
+    mesh = ParallelMesh.single()
+    squares = GlobalNorm([run], SPECS, mesh, mesh.dp_shard).squares([torch.ones(3, dtype=torch.float64)])
+    assert squares.sum().item() == pytest.approx(3.0)
+    assert [SPECS[place].name for place in squares.nonzero()] == [run.name]
+
+
+def test_a_rank_without_runs_has_nothing_to_count() -> None:
+    mesh = ParallelMesh.single()
+    assert GlobalNorm([], SPECS, mesh, mesh.dp_shard)([]).item() == 0.0
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_copies_inside_rows_are_left_out(rank: int) -> None:
+    """No parameter of ours has copied columns; a rank counts those that it owns, row by row."""
+    spec = ParamSpec("w", (3, 8), columns(Segment(4), Segment(4, 2, replicate=True)))
+    tp = Group("tp", tuple(range(4)), rank, object(), "gloo")  # type: ignore[arg-type]
+    counted = Counted([Run("w", 0, 4, 0), Run("w", 4, 9, 4)], [spec], tp)
+    held = torch.arange(9.0).view(3, 3)  # its own column, then the two of the copied unit
+    own = held[:, :1] if rank % 2 else held
+    parts = torch.cat(counted.of([held.reshape(-1)[:4], held.reshape(-1)[4:]]))
+    assert sorted(parts.tolist()) == own.reshape(-1).tolist()
+    assert counted.numel == own.numel()

@@ -1,0 +1,71 @@
+"""Which elements of a rank's runs count, where every element of the model is to be counted once.
+
+Ranks of a tensor-parallel group hold copies of what is not split, and neighbours among them of key/value heads that
+are fewer than they; a tied matrix has a copy on another pipeline rank. Of each, one copy counts.
+"""
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megacore.layout.shards import Run
+from megacore.mesh.group import Group
+from megacore.spec import ParamSpec
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements ``[start, stop)`` of run number ``run``, which are of parameter number ``place`` in global order."""
+
+    run: int
+    start: int
+    stop: int
+    place: int
+
+
+class Counted:
+    """The parts of ``runs`` that count on this rank, run after run.
+
+    ``specs`` are all parameters of the model in global order, ``copies`` the names of those that are here but counted
+    by another pipeline rank. ``place_of_run`` is each run's parameter in that order, whether it counts here or not.
+    """
+
+    def __init__(
+        self, runs: Sequence[Run], specs: Sequence[ParamSpec], tp: Group, copies: Collection[str] = ()
+    ) -> None:
+        places = {spec.name: place for place, spec in enumerate(specs)}
+        self.place_of_run = tuple(places[run.name] for run in runs)
+        self.parts = tuple(
+            Part(number, max(start, run.start) - run.start, min(stop, run.stop) - run.start, place)
+            for number, (run, place) in enumerate(zip(runs, self.place_of_run))
+            if run.name not in copies
+            for start, stop in own_elements(specs[place], tp)
+            if max(start, run.start) < min(stop, run.stop)
+        )
+
+    def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The parts' views of one 1-D tensor per run."""
+        return [tensors[part.run][part.start : part.stop] for part in self.parts]
+
+    @property
+    def numel(self) -> int:
+        """Elements of all parts."""
+        return sum(part.stop - part.start for part in self.parts)
+
+
+def own_elements(spec: ParamSpec, tp: Group) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the elements of the local tensor, flattened row-major, that this rank counts.
+
+    A segment (q, k, v) is a range of its own; where it is not the whole of an inner dim, each row is.
+    """
+    shape, dim = spec.local_shape(tp.rank, tp.size), spec.dim
+    outer, width, inner = math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :])
+    for piece in spec.pieces(tp.rank, tp.size):
+        if piece.copy:
+            continue
+        whole = piece.size == width
+        for row in range(1 if whole else outer):
+            start = (row * width + piece.local) * inner
+            yield start, start + piece.size * inner * (outer if whole else 1)
