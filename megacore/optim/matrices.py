@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from megacore.mesh.collectives import all_reduce, gather_objects
-from megacore.optim.rectangles import Rectangle, matrices_of, rectangles_of
 from megacore.optim.rule import Share
 from megacore.spec import ParamSpec
+from megacore.spec.matrices import Rectangle, matrices_of, rectangles_of
 
 _FOLDS: Mapping[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = MappingProxyType(
     {"sum": (torch.sum, torch.add), "max": (torch.amax, torch.maximum)}
@@ -43,10 +43,11 @@ class Matrices:
         self.num_rows, self.num_columns = sum(rows), sum(columns)
         self._sizes = rows + columns
         self._begins = list(accumulate(self._sizes, initial=0))
-        counts = torch.tensor([rows, columns], device=share.device)
+        counts = torch.tensor([rows, columns], dtype=torch.long, device=share.device)
         places = torch.arange(len(rows), device=share.device)
         self.matrix_of_row = places.repeat_interleave(counts[0])
-        self.lengths = torch.cat([counts[1].repeat_interleave(counts[0]), counts[0].repeat_interleave(counts[1])])
+        lengths = torch.cat([counts[1].repeat_interleave(counts[0]), counts[0].repeat_interleave(counts[1])])
+        self.lengths = lengths.to(self.dtype)
         self.numels = torch.tensor([m.numel for m in self.matrices], dtype=self.dtype, device=share.device)
 
     def zeros(self, size: int) -> Tensor:
@@ -71,11 +72,14 @@ class Matrices:
         """Views of margins: each matrix' columns."""
         return margins[self.num_rows :].split(self._sizes[len(self.matrices) :])
 
+    def views(self, run: int, tensor: Tensor) -> Iterator[tuple[Rectangle, Tensor]]:
+        """The rectangles of a run, each with its [height, width] view of the run's 1-D tensor."""
+        return ((rectangle, view_of(rectangle, tensor)) for rectangle in self.rectangles[run])
+
     def each(self, tensors: Iterable[Tensor]) -> Iterator[tuple[Rectangle, Tensor]]:
-        """Every rectangle of this rank with its [height, width] view of its run's tensor; one 1-D tensor per run."""
-        for rectangles, tensor in zip(self.rectangles, tensors, strict=True):
-            for rectangle in rectangles:
-                yield rectangle, view_of(rectangle, tensor)
+        """The rectangles of all runs, as ``views``; one tensor per run, of which one at a time is asked for."""
+        for run, tensor in zip(range(len(self.rectangles)), tensors, strict=True):
+            yield from self.views(run, tensor)
 
     def margins(self, tensors: Iterable[Tensor], op: str = "sum") -> Tensor:
         """This rank's part of the sum or maximum (of what is not negative) of every row and column."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from megacore.layout.shards import Run
-from megacore.spec import ParamSpec
+from megacore.spec.params import ParamSpec
 
 
 @dataclass(frozen=True, order=True)
