@@ -1,27 +1,35 @@
-"""Where the packages lie and how the C++ helper is built. Everything static stands in pyproject.toml.
+"""Where the packages lie and how the C++ parts are built. Everything static stands in pyproject.toml.
 
 `tools/` and `launch/` lie at the top of the repository, where a user looks for them, and are installed as
 `megacore.tools` and `megacore.launch`.
 
-The C++ helper is optional: megacore.data has a numpy path for every function in it. So where there is no
-compiler the installation goes on and says what is lost. torch is not imported: building needs only pybind11.
+Both C++ parts are optional: each has a twin in Python. So where one cannot be built the installation goes on and says
+what is lost. torch is not imported: csrc/data needs only pybind11, csrc/cpu only torch's headers and library, which an
+isolated build does not see (launch/setup.sh therefore installs torch first and builds with --no-build-isolation).
 """
 
 import sys
 from glob import glob
+from importlib.util import find_spec
+from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-NATIVE = "megacore.data._native"
+DATA, CPU = "megacore.data._native", "megacore.kernels._cpu"
+COSTS = {
+    DATA: "sample indices of large corpora are built more slowly (numpy); it needs C++17",
+    CPU: "AdamW on the CPU is torch's instead of ours; it needs C++20, and torch where it is built:\n"
+    "megacore: pip install torch setuptools pybind11, then pip install --no-build-isolation -e .",
+}
 
 
-def report_missing(reason: object) -> None:
+def report_missing(name: str, reason: object) -> None:
     """Say on stderr what is not there, what it costs and how to mend it (`pip install -v` shows it)."""
     sys.stderr.write(
-        f"\nmegacore: the C++ helper {NATIVE} was not built: {reason}\n"
-        "megacore: everything works without it, but sample indices of large corpora are built more slowly (numpy).\n"
-        "megacore: install a C++17 compiler (Debian, Ubuntu: apt install g++; macOS: xcode-select --install) and\n"
+        f"\nmegacore: the C++ part {name} was not built: {reason}\n"
+        f"megacore: everything works without it, but {COSTS[name]}\n"
+        "megacore: install a C++ compiler (Debian, Ubuntu: apt install g++; macOS: xcode-select --install) and\n"
         "megacore: run the installation again.\n\n"
     )
 
@@ -33,23 +41,55 @@ class OptionalBuildExt(build_ext):
         try:
             super().build_extension(ext)
         except Exception as reason:  # whatever a compiler, or its absence, does here must not stop the installation
-            report_missing(reason)
+            report_missing(ext.name, reason)
+
+
+def sources_of(folder: str) -> tuple[list[str], list[str]]:
+    """A folder's sources and headers."""
+    sources = sorted(glob(f"{folder}/*.cpp"))
+    if not sources:
+        raise ImportError(f"{folder} is not here")
+    return sources, sorted(glob(f"{folder}/*.h"))
+
+
+def data_helper() -> Extension:
+    """csrc/data, a Python module over numpy arrays."""
+    from pybind11.setup_helpers import Pybind11Extension  # absent only with --no-build-isolation
+
+    sources, headers = sources_of("csrc/data")
+    return Pybind11Extension(DATA, sources, depends=headers, cxx_std=17, extra_compile_args=["-O3"], optional=True)
+
+
+def cpu_kernels() -> Extension:
+    """csrc/cpu, operations of torch through its stable ABI: a library that torch loads, not a Python module."""
+    found = find_spec("torch")
+    if not found or not found.submodule_search_locations:
+        raise ImportError("torch is not installed where it is built")
+    torch = Path(found.submodule_search_locations[0])
+    sources, headers = sources_of("csrc/cpu")
+    return Extension(
+        CPU,
+        sources,
+        depends=headers,
+        define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],  # 2.10: the oldest torch that may load it
+        # No contraction to fused multiply-adds: every instruction set, tail and thread gives the same bits.
+        extra_compile_args=["-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+        + ["-isystem", str(torch / "include")],
+        library_dirs=[str(torch / "lib")],
+        libraries=["torch_cpu"],
+        optional=True,
+    )
 
 
 def extensions() -> list[Extension]:
-    """The helper of csrc/data, or nothing where its sources or pybind11 are absent."""
-    sources = sorted(glob("csrc/data/*.cpp"))
-    if not sources:
-        return []
-    try:
-        from pybind11.setup_helpers import Pybind11Extension
-    except ImportError as reason:  # only with --no-build-isolation; otherwise pyproject.toml brings it
-        report_missing(reason)
-        return []
-    native = Pybind11Extension(
-        NATIVE, sources, depends=sorted(glob("csrc/data/*.h")), cxx_std=17, extra_compile_args=["-O3"], optional=True
-    )
-    return [native]
+    """What can be built here."""
+    found = []
+    for name, make in ((DATA, data_helper), (CPU, cpu_kernels)):
+        try:
+            found.append(make())
+        except ImportError as reason:
+            report_missing(name, reason)
+    return found
 
 
 setup(

@@ -74,11 +74,16 @@ done
 
 say "installing $torch (the first time it is downloaded: several minutes)"
 pip_install "$torch"
-say "installing megacore[$extras] and building its C++ helper"
-pip_install --editable ".[$extras]"
+say "installing megacore[$extras] and building its C++ parts"
+# What pyproject.toml asks for building; without isolation, so that csrc/cpu finds the torch that it is compiled against.
+pip_install "setuptools>=77" "pybind11>=2.13"
+pip_install --no-build-isolation --editable ".[$extras]"
 if ! "$venv/bin/python" -c 'import megacore.data._native' 2>/dev/null; then
     say "the C++ helper could not be built, so numpy does its work: all results are the same, sample indices of large"
     say "corpora take longer. With a C++17 compiler (Debian, Ubuntu: apt install g++), remove $venv and start again."
+fi
+if ! lost=$("$venv/bin/python" -c 'from megacore.kernels import native; print(native.unavailable(), end="")' 2>&1) || [ -n "$lost" ]; then
+    say "the C++ kernels for the CPU are not there, so torch does their work: $lost"
 fi
 printf '%s' "$fingerprint" >"$venv/.megacore-$extras"
 say "done"

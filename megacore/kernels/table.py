@@ -4,7 +4,7 @@ The table lists, per operation, its backends in order of preference. ``resolve``
 device and dtype, or the one the user names. Modules receive the result and call it; they never choose.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,17 +87,25 @@ def resolve(
     choices = []
     for operation in operations:
         candidates = [kernel for kernel in TABLE if kernel.operation == operation]
-        if operation in wanted:
-            candidates = [kernel for kernel in candidates if kernel.backend == wanted[operation]]
-        rejected = []
-        for kernel in candidates:
-            if reason := kernel.refuses(device, dtype):
-                rejected.append(f"{kernel.backend}: {reason}")
-                continue
-            chosen[operation] = kernel.function
-            choices.append(Choice(operation, kernel.backend, tuple(rejected)))
-            break
-        else:
-            why = "; ".join(rejected) or f"no backend {wanted.get(operation)!r}"
-            raise ValueError(f"kernels: no {operation} for {dtype} on {device}: {why}")
+        kernel, choice = first_willing(candidates, device, dtype, wanted.get(operation, ""))
+        chosen[operation] = kernel.function
+        choices.append(choice)
     return Kernels(**chosen), tuple(choices)
+
+
+def first_willing(
+    candidates: Sequence[Kernel], device: torch.device, dtype: torch.dtype, wanted: str = ""
+) -> tuple[Kernel, Choice]:
+    """The first of an operation's backends that accepts the device and dtype, or the one named ``wanted`` if it does.
+
+    Raises ValueError if there is none.
+    """
+    operation = candidates[0].operation
+    rejected: list[str] = []
+    for kernel in candidates:
+        if wanted in ("", kernel.backend):
+            if not (reason := kernel.refuses(device, dtype)):
+                return kernel, Choice(operation, kernel.backend, tuple(rejected))
+            rejected.append(f"{kernel.backend}: {reason}")
+    why = "; ".join(rejected) or f"no backend {wanted!r}"
+    raise ValueError(f"kernels: no {operation} for {dtype} on {device}: {why}")

@@ -1,0 +1,163 @@
+"""One step of AdamW (Loshchilov and Hutter 2019, algorithm 2): our C++ on the CPU, torch's fused kernel, plain PyTorch.
+
+With g a gradient, m and v its moments, w a weight and t the number of the step:
+
+    m = beta1 m + (1 - beta1) g,    v = beta2 v + (1 - beta2) g^2
+    w = (1 - lr decay) w - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megacore.kernels import native
+from megacore.kernels.table import Choice, Kernel, first_willing
+
+Tensors = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What AdamW remembers: per run of weights the means of gradients and of their squares, and the steps taken."""
+
+    first: Tensors
+    second: Tensors
+    clock: Tensor
+    """float32 scalar, already counting the step that is made."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The hyper-parameters of a step; learning rate and weight decay are of each run its own."""
+
+    lr: Sequence[float]
+    weight_decay: Sequence[float]
+    beta1: float
+    beta2: float
+    eps: float
+
+
+class AdamW(Protocol):
+    """A step of all runs, in place. Where ``taken`` (float32 scalar on the device) is 0, nothing changes.
+
+    ``weights``, ``grads`` and the moments are 1-D and contiguous; ``copies``, if not empty, receive the new weights
+    rounded to bfloat16. Arithmetic is in the dtype of the weights, whatever the dtype of gradients and moments.
+    """
+
+    def __call__(
+        self, weights: Tensors, grads: Tensors, moments: Moments, rates: Rates, taken: Tensor, copies: Tensors = ()
+    ) -> None: ...
+
+
+@torch.no_grad()
+def compiled(
+    weights: Tensors,
+    grads: Tensors,
+    moments: Moments,
+    rates: Rates,
+    taken: Tensor,
+    copies: Tensors = (),
+    isa: str = "",
+) -> None:
+    """As ``AdamW``, by csrc/cpu: one pass over memory. ``isa`` is the best of ``native.instruction_sets`` if empty.
+
+    All instruction sets and numbers of threads give the same bits.
+    """
+    torch.ops.megacore_cpu.adamw_(
+        list(weights),
+        list(grads),
+        list(moments.first),
+        list(moments.second),
+        list(copies),
+        moments.clock,
+        taken,
+        list(rates.lr),
+        list(rates.weight_decay),
+        rates.beta1,
+        rates.beta2,
+        rates.eps,
+        isa,
+    )
+
+
+@torch.no_grad()
+def fused(
+    weights: Tensors, grads: Tensors, moments: Moments, rates: Rates, taken: Tensor, copies: Tensors = ()
+) -> None:
+    """As ``AdamW``, by ``torch._fused_adamw_``: a call for every learning rate and weight decay that there is."""
+    kinds = list(zip(rates.lr, rates.weight_decay, strict=True))
+    for kind in dict.fromkeys(kinds):
+        own = [place for place, other in enumerate(kinds) if other == kind]
+        torch._fused_adamw_(
+            [weights[place] for place in own],
+            [grads[place].to(weights[place].dtype) for place in own],
+            [moments.first[place] for place in own],
+            [moments.second[place] for place in own],
+            [],
+            [moments.clock] * len(own),
+            lr=kind[0],
+            weight_decay=kind[1],
+            beta1=rates.beta1,
+            beta2=rates.beta2,
+            eps=rates.eps,
+            amsgrad=False,
+            maximize=False,
+            found_inf=1 - taken,
+        )
+    if copies:
+        torch._foreach_copy_(list(copies), list(weights))
+
+
+@torch.no_grad()
+def reference(
+    weights: Tensors, grads: Tensors, moments: Moments, rates: Rates, taken: Tensor, copies: Tensors = ()
+) -> None:
+    """As ``AdamW``, operation by operation."""
+    is_taken = taken != 0
+    runs = zip(weights, grads, moments.first, moments.second, rates.lr, rates.weight_decay, strict=True)
+    for weight, narrow_grad, first, second, lr, decay in runs:
+        grad, clock = narrow_grad.to(weight.dtype), moments.clock.double()
+        mean = rates.beta1 * first.to(weight.dtype) + (1 - rates.beta1) * grad
+        square = rates.beta2 * second.to(weight.dtype) + (1 - rates.beta2) * grad * grad
+        step = (lr / (1 - rates.beta1**clock)).to(weight.dtype)
+        unbias = (1 - rates.beta2**clock).rsqrt().to(weight.dtype)
+        new = (1 - lr * decay) * weight - step * mean / (square.sqrt() * unbias + rates.eps)
+        for old, updated in ((first, mean), (second, square), (weight, new)):
+            old.copy_(torch.where(is_taken, updated.to(old.dtype), old))
+    for copy, weight in zip(copies, weights):
+        copy.copy_(torch.where(is_taken, weight.to(copy.dtype), copy))
+
+
+def choose(device: torch.device, dtype: torch.dtype, moments: torch.dtype, wanted: str = "") -> tuple[AdamW, Choice]:
+    """The fastest that can do it, with the story of its choice; or the backend ``wanted``.
+
+    ``dtype`` is that of the weights, ``moments`` that of both moments. Measured: `megacore bench optim`.
+    Raises ValueError for a backend that there is not, or that refuses.
+    """
+    backends = (
+        Kernel("adamw", "native", compiled, partial(_native_refuses, moments)),
+        Kernel("adamw", "torch", fused, partial(_torch_refuses, moments)),
+        Kernel("adamw", "reference", reference),
+    )
+    kernel, choice = first_willing(backends, device, dtype, wanted)
+    if kernel.backend == "native":
+        choice = replace(choice, backend=f"native ({native.instruction_sets()[0]})")
+    return kernel.function, choice
+
+
+def _native_refuses(moments: torch.dtype, device: torch.device, dtype: torch.dtype) -> str:
+    if device.type != "cpu":
+        return f"it is for the CPU, not {device.type}"
+    if dtype != torch.float32:
+        return f"it updates float32 weights, not {dtype}"
+    if moments not in (torch.float32, torch.bfloat16):
+        return f"its moments are float32 or bfloat16, not {moments}"
+    return native.unavailable()
+
+
+def _torch_refuses(moments: torch.dtype, device: torch.device, dtype: torch.dtype) -> str:
+    return "" if moments == dtype else f"its moments are in the dtype of the weights, {dtype}, not {moments}"

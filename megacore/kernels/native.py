@@ -1,0 +1,34 @@
+"""The C++ operations of csrc/cpu, ``torch.ops.megacore_cpu``: loaded once, or the reason why they are not there."""
+
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+
+INTERFACE = 1
+"""As in csrc/cpu/ops.cpp: raised with every change of what is called, so that a library of other sources is refused."""
+
+
+@cache
+def unavailable() -> str:
+    """Why the operations cannot be called, or ''."""
+    files = [Path(__file__).with_name(f"_cpu{suffix}") for suffix in EXTENSION_SUFFIXES]
+    built = [file for file in files if file.exists()]
+    if not built:
+        return "csrc/cpu is not built; with a C++20 compiler (apt install g++), bash launch/setup.sh builds it"
+    try:
+        torch.ops.load_library(built[0])
+    except OSError as reason:
+        return f"{built[0].name} does not load: {reason}; remove it and run bash launch/setup.sh"
+    operations = torch.ops.megacore_cpu
+    if not hasattr(operations, "interface") or operations.interface() != INTERFACE:
+        return f"{built[0].name} was built from other sources; remove it and run bash launch/setup.sh"
+    # It only writes into its arguments: there is nothing to say of results' shapes.
+    torch.library.register_fake("megacore_cpu::adamw_", lambda *arguments: None)
+    return ""
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """What of csrc/cpu this processor can run, best first: avx512, avx2, portable."""
+    return tuple(torch.ops.megacore_cpu.isas().split())
