@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
         nargs=3,
         default=(50.0, 50.0, 50.0),
         metavar=("F", "I", "W"),
-        help="of a stage's forward, input gradient and weight gradient (default 50 50 50)",
+        help="of a stage's forward, input gradient and weight gradient (default 100 100 100)",
     )
     bubble.set_defaults(measure=measure_bubble, report="megacore.bench.bubble_report", found="bubbles")
     return parser

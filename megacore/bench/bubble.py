@@ -2,12 +2,14 @@
 
 The engine is the real one, with its messages over gloo and its deferred weight gradients; only the stages' computing is
 asleep (see `sleeping`). Both bubbles are by makespan: 1 - computing / (ranks x time from first to last computing).
+The prediction takes what a message costs here: the gap between stages that one microbatch finds on its way through.
 """
 
 import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,15 @@ from megacore.model.inputs import Inputs
 from megacore.parallel.wgrad import WeightGradients
 from megacore.pipeline.engine import Actions, PipelineEngine
 from megacore.schedule.check import check
-from megacore.schedule.generators.generate import generate
+from megacore.schedule.generators.generate import forward_only, generate
 from megacore.schedule.lower import lower
 from megacore.schedule.schedule import Schedule
 from megacore.train.timing import StepClock
 
 TOKENS, HIDDEN = 256, 256
 """Of a microbatch: messages of 256 KiB."""
+PINGS = 5
+"""Microbatches whose way through the stages is timed."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Bubble:
 
     name: str
     predicted: float
+    p2p_s: float
     measured: tuple[float, ...]
     settings: Mapping[str, object]
 
@@ -96,19 +101,36 @@ def measure(info: RankInfo, case_name: str, seconds: Seconds, num_microbatches: 
     torch.set_num_threads(1)
     process_group.start(info, torch.device("cpu"))
     try:
-        timelines = run_rounds(info, case_named(case_name, CASES).plan(num_microbatches), seconds, rounds)
+        p2p, timelines = run_rounds(info, case_named(case_name, CASES).plan(num_microbatches), seconds, rounds)
         if info.rank == 0:
-            Path(result).write_text(json.dumps([timeline.bubble_fraction for timeline in timelines]))
+            found = {"p2p_s": p2p, "bubbles": [timeline.bubble_fraction for timeline in timelines]}
+            Path(result).write_text(json.dumps(found))
     finally:
         process_group.stop()  # with all that held groups gone
 
 
-def run_rounds(info: RankInfo, schedule: Schedule, seconds: Seconds, rounds: int) -> list[Timeline]:
-    """Of each round when every rank's instructions ran."""
+def run_rounds(info: RankInfo, schedule: Schedule, seconds: Seconds, rounds: int) -> tuple[float, list[Timeline]]:
+    """Seconds that a message costs, and of each round when every rank's instructions ran."""
     mesh = ParallelMesh.build(Layout(pp=info.world_size), info.rank, torch.device("cpu"))
     engine = sleeping_engine(schedule, seconds, mesh)
     run_once(engine, schedule, mesh)  # the first messages make connections
-    return [run_once(engine, schedule, mesh) for _ in range(rounds)]
+    return message_seconds(seconds, mesh), [run_once(engine, schedule, mesh) for _ in range(rounds)]
+
+
+@torch.no_grad()
+def message_seconds(seconds: Seconds, mesh: ParallelMesh) -> float:
+    """The median time from the end of a stage to the start of the next one, on another rank that waits for it."""
+    ranks = range(mesh.pp.size)
+    through = lower(forward_only(ranks, 1))
+    engine, gaps = sleeping_engine(through, seconds, mesh), []
+    for _ in range(PINGS):
+        timeline = run_once(engine, through, mesh)
+        spans = [
+            (start[c][0], end[c][0])
+            for start, end, c in zip(timeline.start, timeline.end, map(timeline.computing, ranks))
+        ]
+        gaps += [after - before for (_, before), (after, _) in pairwise(spans)]
+    return statistics.median(gaps)
 
 
 def sleeping_engine(schedule: Schedule, seconds: Seconds, mesh: ParallelMesh) -> PipelineEngine:
@@ -137,11 +159,13 @@ def collect(case: Case, seconds: Seconds, num_microbatches: int, result: Path) -
     """What ``measure`` wrote, beside the prediction."""
     schedule = case.plan(num_microbatches)
     backward = seconds.input_grad + seconds.weight_grad
-    predicted = simulate(schedule, Durations(backward=backward, **asdict(seconds))).bubble_fraction
+    found = json.loads(result.read_text())
+    durations = Durations(backward=backward, p2p=found["p2p_s"], **asdict(seconds))
+    predicted = simulate(schedule, durations).bubble_fraction
     settings = {
         "processes": case.pp,
         "stages": schedule.num_stages,
         "microbatches": num_microbatches,
         **{f"{name}_s": value for name, value in asdict(seconds).items()},
     }
-    return Bubble(case.name, predicted, tuple(json.loads(result.read_text())), settings)
+    return Bubble(case.name, predicted, found["p2p_s"], tuple(found["bubbles"]), settings)

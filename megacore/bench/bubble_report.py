@@ -7,7 +7,7 @@ from typing import Any
 from megacore.bench.bubble import Bubble
 from megacore.bench.report import store
 
-COLUMNS = ("predicted", "first_quartile", "median", "third_quartile", "error")
+COLUMNS = ("predicted", "p2p_s", "first_quartile", "median", "third_quartile", "error")
 
 
 def as_dict(bubble: Bubble) -> dict[str, Any]:
@@ -18,6 +18,7 @@ def as_dict(bubble: Bubble) -> dict[str, Any]:
         "settings": dict(bubble.settings),
         "rounds": len(bubble.measured),
         "predicted": bubble.predicted,
+        "p2p_s": bubble.p2p_s,
         "first_quartile": first,
         "median": bubble.median,
         "third_quartile": third,
@@ -29,11 +30,15 @@ def table(bubbles: Sequence[Bubble]) -> str:
     """Text for the terminal: one line per pipeline."""
     width = max(len(one.name) for one in bubbles)
     settings = ", ".join(f"{name} {value:g}" for name, value in _common(bubbles).items())
-    lines = [f"bubble, % of all ranks' time ({settings})", f"{'':{width}}  predicted  measured quartiles    off by"]
+    lines = [
+        f"bubble, % of all ranks' time ({settings})",
+        f"{'':{width}}  message  predicted  measured quartiles    off by",
+    ]
     for one in bubbles:
         first, third = one.quartiles
         measured = " ".join(f"{100 * value:6.2f}" for value in (first, one.median, third))
-        lines.append(f"{one.name:{width}}  {100 * one.predicted:9.2f}  {measured}  {100 * one.error:+6.1f}%")
+        message = f"{1000 * one.p2p_s:.2f} ms"
+        lines.append(f"{one.name:{width}}  {message}  {100 * one.predicted:9.2f}  {measured}  {100 * one.error:+6.1f}%")
     return "\n".join(lines)
 
 

@@ -49,10 +49,10 @@ def test_a_case_runs_and_is_kept(case: str, tmp_path: Path, capfd: pytest.Captur
 
 
 def test_the_error_is_a_share_of_the_prediction() -> None:
-    bubble = Bubble("1f1b-pp2", 0.2, (0.21, 0.22, 0.29), {"processes": 2})
+    bubble = Bubble("1f1b-pp2", 0.2, 0.001, (0.21, 0.22, 0.29), {"processes": 2})
     assert bubble.error == pytest.approx(0.1)
-    text = bubble_report.table([bubble, Bubble("1f1b-pp4", 0.4, (0.36,), {"processes": 4})])
-    assert "1f1b-pp2      20.00   21.50  22.00  25.50   +10.0%" in text and "-10.0%" in text
+    text = bubble_report.table([bubble, Bubble("1f1b-pp4", 0.4, 0.001, (0.36,), {"processes": 4})])
+    assert "1f1b-pp2  1.00 ms      20.00   21.50  22.00  25.50   +10.0%" in text and "-10.0%" in text
     assert "processes" not in text, "only settings that all share stand above"
 
 
