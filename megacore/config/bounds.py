@@ -2,30 +2,32 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Bound:
-    """Numbers from ``low`` to ``high``; an open end is not itself allowed."""
+    """Numbers from ``low`` to ``high``; an open end is not itself allowed, -1 is where it means ``own``."""
 
     low: float
     high: float = math.inf
     low_open: bool = False
     high_open: bool = False
+    own: str = ""
 
     def __contains__(self, value: float) -> bool:
+        if self.own and value == -1:
+            return True
         above = self.low < value if self.low_open else self.low <= value
         below = value < self.high if self.high_open else value <= self.high
         return above and below
 
     def __str__(self) -> str:
         low = f"more than {self.low:g}" if self.low_open else f"at least {self.low:g}"
-        if self.high == math.inf:
-            return low
-        return f"{low} and {'less than' if self.high_open else 'at most'} {self.high:g}"
+        high = f" and {'less than' if self.high_open else 'at most'} {self.high:g}" if self.high != math.inf else ""
+        return low + high + (f", or -1 for {self.own}" if self.own else "")
 
 
 COUNT = Bound(1)
@@ -33,6 +35,7 @@ NATURAL = Bound(0)
 POSITIVE = Bound(0, low_open=True)
 SHARE = Bound(0, 1)
 DECAY = Bound(0, 1, high_open=True)
+OPTIMIZERS_OWN = "the optimizer's own"
 
 BOUNDS: Mapping[str, Bound] = MappingProxyType(
     {
@@ -50,6 +53,8 @@ BOUNDS: Mapping[str, Bound] = MappingProxyType(
                 "checkpoint.keep",
                 "log.every",
                 "log.sample_tokens",
+                "optim.adagc_ratio",
+                "precision.loss_scale_every",
                 "model.rope_scaling.factor",
             ),
             COUNT,
@@ -79,14 +84,15 @@ BOUNDS: Mapping[str, Bound] = MappingProxyType(
                 "optim.warmup_steps",
                 "optim.decay_steps",
                 "optim.wsd_decay_steps",
-                "optim.weight_decay",
                 "optim.clip_grad",
+                "optim.adagc_warmup_steps",
                 "data.temperature",
                 "checkpoint.save_every",
                 "checkpoint.export_hf_every",
                 "log.console_every",
                 "log.sample_every",
                 "log.sample_temperature",
+                "log.statistics_every",
                 "log.timeline_step",
             ),
             NATURAL,
@@ -99,7 +105,8 @@ BOUNDS: Mapping[str, Bound] = MappingProxyType(
                 "model.rope_scaling.high_freq_factor",
                 "model.rope_scaling.beta_fast",
                 "model.rope_scaling.beta_slow",
-                "optim.eps",
+                "precision.loss_scale_start",
+                "precision.loss_scale_min",
             ),
             POSITIVE,
         ),
@@ -108,13 +115,14 @@ BOUNDS: Mapping[str, Bound] = MappingProxyType(
             (
                 "model.dropout",
                 "model.attention_dropout",
-                "optim.beta1",
-                "optim.beta2",
-                "optim.momentum",
                 "train.label_smoothing",
+                "optim.adagc_beta",
             ),
             DECAY,
         ),
+        **dict.fromkeys(("optim.beta1", "optim.beta2", "optim.momentum"), replace(DECAY, own=OPTIMIZERS_OWN)),
+        "optim.eps": replace(POSITIVE, own=OPTIMIZERS_OWN),
+        "optim.weight_decay": replace(NATURAL, own=OPTIMIZERS_OWN),
         "parallel.zero": Bound(0, 3),
     }
 )

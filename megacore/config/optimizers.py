@@ -6,6 +6,11 @@ An optimizer is a file of ``megacore/optim/rules``. It says two things in tables
     STATE = MappingProxyType({"first": "element", ...})    tensors it keeps, each with what it has one number for
 
 so that a run with it can be checked, explained and priced where torch is not installed.
+
+Kinds of state: a ``moment`` has one number per element, in the format ``optim.state_dtype``; a ``square`` is a moment
+that is never negative; an ``element`` has one per element in the format of the updated weights; a ``row`` and a
+``column`` have one per row or column of every logical matrix (a vector is one column). KIND if SETTING means only where
+that hyper-parameter is not 0.
 """
 
 import ast
@@ -30,8 +35,14 @@ def defaults(name: str) -> Mapping[str, float]:
 
 
 def state(name: str) -> Mapping[str, str]:
-    """What an optimizer keeps, by name."""
+    """What an optimizer may keep, by name: a kind, perhaps with a condition."""
     return _literal(name, "STATE")
+
+
+def kept(state: Mapping[str, str], settings: Mapping[str, float]) -> Mapping[str, str]:
+    """What an optimizer does keep, by name: the kinds of those whose condition holds."""
+    parts = {name: kind.partition(" if ") for name, kind in state.items()}
+    return {name: kind for name, (kind, _, setting) in parts.items() if not setting or settings[setting]}
 
 
 @cache

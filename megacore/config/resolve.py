@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from megacore.config.pipeline import num_chunks
 from megacore.config.schema import ModelConfig, OptimConfig, ParallelConfig, RunConfig
+from megacore.config.settings import resolve_settings
 
 GATED = frozenset({"swiglu", "geglu"})
 
@@ -47,11 +48,11 @@ def resolve_model(model: ModelConfig, seq_len: int) -> ModelConfig:
 
 
 def resolve_optim(optim: OptimConfig, steps: int) -> OptimConfig:
-    """The update rule with the lengths that follow from the run's. The final decay of wsd begins after the warm-up, so
-    its length stays 0 where the warm-up takes all steps."""
+    """The update rule with all its hyper-parameters, and the lengths that follow from the run's. The final decay of wsd
+    begins after the warm-up, so its length stays 0 where the warm-up takes all steps."""
     decay_steps = optim.decay_steps or steps
     tenth = min(max(1, decay_steps // 10), max(0, decay_steps - optim.warmup_steps))
-    return replace(optim, decay_steps=decay_steps, wsd_decay_steps=optim.wsd_decay_steps or tenth)
+    return replace(resolve_settings(optim), decay_steps=decay_steps, wsd_decay_steps=optim.wsd_decay_steps or tenth)
 
 
 def resolve_parallel(parallel: ParallelConfig, world_size: int) -> ParallelConfig:

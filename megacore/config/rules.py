@@ -4,12 +4,15 @@ A rule reads only the keys named beside it in ``RULES``, and is run only when al
 ``world_size`` is None where the number of ranks does not matter yet.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 from megacore.config.batch import batch_problems, multiples
+from megacore.config.param_groups import param_group_problems
 from megacore.config.pipeline import cut_problem, num_chunks, schedule_problems
 from megacore.config.resolve import resolve_model
 from megacore.config.schema import ModelConfig, RunConfig
+from megacore.config.settings import setting_problems
 
 Rule = Callable[[RunConfig, int | None], Iterator[str]]
 
@@ -149,8 +152,36 @@ def _optim(config: RunConfig, world_size: int | None) -> Iterator[str]:
         )
     if o.min_lr > o.lr:
         yield f"optim.min_lr={o.min_lr} exceeds optim.lr={o.lr}; use at most {o.lr}"
-    if o.momentum and o.name != "sgd":
-        yield f"optim.momentum={o.momentum} is sgd's; {o.name} has optim.beta1"
+    yield from setting_problems(o)
+    if o.state_rounding == "stochastic" and o.state_dtype != "bf16":
+        yield (
+            f"optim.state_rounding=stochastic needs optim.state_dtype=bf16, not {o.state_dtype}; "
+            "set it, or leave both out"
+        )
+
+
+def _clipping(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    o = config.optim
+    if o.clip in ("value", "adagc") and not o.clip_grad:
+        yield (
+            f"optim.clip_grad={o.clip_grad} turns clipping off, but optim.clip={o.clip} asks for it; give a bound "
+            "above 0, or optim.clip=none"
+        )
+
+
+def _param_groups(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    yield from param_group_problems(config.optim.groups)
+
+
+def _loss_scale(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    p = config.precision
+    if p.loss_scale not in ("off", "dynamic") and not _is_positive(p.loss_scale):
+        yield f"precision.loss_scale={p.loss_scale} must be off, dynamic or a number above 0, such as 1024"
+    elif p.loss_scale == "dynamic" and p.loss_scale_start < p.loss_scale_min:
+        yield (
+            f"precision.loss_scale_start={p.loss_scale_start} is below loss_scale_min={p.loss_scale_min}; "
+            f"use at least {p.loss_scale_min}"
+        )
 
 
 def _data(config: RunConfig, world_size: int | None) -> Iterator[str]:
@@ -196,6 +227,13 @@ def _log(config: RunConfig, world_size: int | None) -> Iterator[str]:
         )
 
 
+def _is_positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
+
+
 def _divisors(number: int, near: int) -> str:
     return _nearest([n for n in range(1, number + 1) if number % n == 0], near)
 
@@ -215,6 +253,9 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_schedule, ("parallel.chunks", "parallel.schedule", "train.batch_ramp")),
     (_batch, ("parallel", "train")),
     (_optim, ("optim", "train.steps")),
+    (_clipping, ("optim.clip", "optim.clip_grad")),
+    (_param_groups, ("optim.groups",)),
+    (_loss_scale, ("precision",)),
     (_data, ("data", "train.eval_every")),
     (_log, ("log.sample_every", "log.sample_prompts", "log.timeline_step", "train.steps")),
 )

@@ -3,11 +3,14 @@
 This file says *what can be written* in a run file and nothing else: `load.py` reads it, `families.py` fills
 what a model family implies, `validate.py` checks the whole. Every default is stated here, once.
 A number 0 (or an empty string or list) means "derived": `resolve.py` replaces it by the value it stands for
-before anything else sees the tree, so the rest of the house never meets an unresolved model.
+before anything else sees the tree, so the rest of the house never meets an unresolved model. Where 0 is a value
+of its own, -1 means that.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
+
+from megacore.config.optimizers import optimizer_names
 
 OWN_SCHEDULE = ".txt"
 """How the name of a file ends that holds a user's own schedule."""
@@ -125,19 +128,45 @@ class TrainConfig:
 class OptimConfig:
     """The update rule."""
 
-    name: str = key("adamw", "optimizer", ("adamw", "sgd"))
+    name: str = key("adamw", "optimizer", optimizer_names())
     lr: float = key(3e-4, "peak learning rate")
     min_lr: float = key(0.0, "learning rate at the end of the decay")
     warmup_steps: int = key(0, "steps of linear warm-up from 0")
     lr_schedule: str = key("cosine", "decay after warm-up", ("cosine", "linear", "constant", "wsd", "inverse_sqrt"))
     decay_steps: int = key(0, "step at which the decay ends; 0: train.steps")
     wsd_decay_steps: int = key(0, "wsd: length of the final decay; 0: a tenth of decay_steps, or what warm-up leaves")
-    weight_decay: float = key(0.1, "decoupled weight decay; norms, biases and embeddings are exempt")
-    beta1: float = key(0.9, "decay of the first moment")
-    beta2: float = key(0.95, "decay of the second moment")
-    eps: float = key(1e-8, "added to the square root of the second moment")
-    momentum: float = key(0.0, "sgd: momentum")
-    clip_grad: float = key(1.0, "largest global gradient norm; 0: no clipping")
+    weight_decay: float = key(-1.0, "weight decay; norms, biases and embeddings are exempt; -1: the optimizer's own")
+    beta1: float = key(-1.0, "decay of the first moment; -1: the optimizer's own")
+    beta2: float = key(-1.0, "decay of the second moment; -1: the optimizer's own")
+    eps: float = key(-1.0, "keeps divisors from 0; -1: the optimizer's own")
+    momentum: float = key(-1.0, "decay of the momentum; -1: the optimizer's own")
+    options: tuple[str, ...] = key((), 'what else the optimizer has, as ["name=value"]')
+    state_dtype: str = key(
+        "auto",
+        "format of moments; auto: as the updated weights; int8: 8 bits and a scale for every 64 elements",
+        ("auto", "fp32", "bf16", "int8"),
+    )
+    state_rounding: str = key(
+        "nearest",
+        "how moments become bf16; stochastic: up or down by chance, right on average",
+        ("nearest", "stochastic"),
+    )
+    clip: str = key(
+        "norm",
+        "how large gradients are bounded: by the global norm, element by element (value), or each parameter's norm by "
+        "what is usual for it (adagc)",
+        ("norm", "value", "adagc", "none"),
+    )
+    clip_grad: float = key(
+        1.0, "norm: largest global norm; value: largest element; adagc: global norm in its warm-up; 0: no clipping"
+    )
+    adagc_ratio: float = key(1.05, "adagc: largest norm of a parameter's gradient, in units of its moving average")
+    adagc_beta: float = key(0.98, "adagc: decay of the moving averages of norms")
+    adagc_warmup_steps: int = key(100, "adagc: steps of clipping by the global norm, before averages can be trusted")
+    groups: tuple[str, ...] = key(
+        (), 'settings of some parameters, as ["PATTERN: lr_scale=0.1, weight_decay=0"]; the first that matches counts'
+    )
+    freeze: tuple[str, ...] = key((), 'patterns of names of parameters that are not trained, such as ["embedding.*"]')
 
 
 @dataclass(frozen=True)
@@ -147,6 +176,9 @@ class PrecisionConfig:
     dtype: str = key("fp32", "parameters and activations", ("fp64", "fp32", "bf16", "fp16"))
     fp8: str = key("off", "matrix products in FP8", ("off", "delayed", "current", "block"))
     loss_scale: str = key("off", "fp16 loss scaling: off, dynamic or a number")
+    loss_scale_start: float = key(65536.0, "dynamic: the first scale")
+    loss_scale_every: int = key(2000, "dynamic: steps without overflow after which the scale is doubled")
+    loss_scale_min: float = key(1.0, "dynamic: overflows halve the scale, but not below this")
     grad_reduce_dtype: str = key(
         "auto", "format of gradient sums over ranks; auto: fp32, under fp64 fp64", ("auto", "fp64", "fp32", "bf16")
     )
@@ -201,6 +233,9 @@ class LogConfig:
     sample_prompts: tuple[str, ...] = key((), "prompts to continue")
     sample_tokens: int = key(48, "tokens per sampled text")
     sample_temperature: float = key(0.8, "softmax temperature of sampled texts; 0: the likeliest token")
+    statistics_every: int = key(
+        0, "steps between statistics of parameters, gradients and updates in metrics.jsonl; 0: never"
+    )
     timeline_step: int = key(
         0, "step whose instructions are timed, drawn and written to timeline.json and timeline.svg; 0: none"
     )

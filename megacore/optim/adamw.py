@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megacore.config.schema import OptimConfig
+from megacore.config.settings import settings
 from megacore.optim.groups import decay_groups
 from megacore.sharding.flat import FlatBuffer, FlatParameters
 from megacore.spec import ParamSpec
@@ -15,7 +16,7 @@ class AdamW:
     """Moments in the dtype of the parameters; a step moves 7 numbers per parameter through memory."""
 
     def __init__(self, flat: FlatParameters, specs: Mapping[str, ParamSpec], optim: OptimConfig) -> None:
-        self.optim = optim
+        self.settings = settings(optim)
         data = flat.params.data
         self.first = FlatBuffer.zeros(flat.params.layout, data.dtype, data.device)
         self.second = FlatBuffer.zeros(flat.params.layout, data.dtype, data.device)
@@ -28,7 +29,7 @@ class AdamW:
                 group.of(self.first),
                 group.of(self.second),
             )
-            for group in decay_groups(flat, specs, optim.weight_decay)
+            for group in decay_groups(flat, specs, self.settings["weight_decay"])
         ]
 
     @torch.no_grad()
@@ -44,10 +45,10 @@ class AdamW:
                 [],
                 [self.clock] * len(params),
                 lr=lr,
-                beta1=self.optim.beta1,
-                beta2=self.optim.beta2,
+                beta1=self.settings["beta1"],
+                beta2=self.settings["beta2"],
                 weight_decay=weight_decay,
-                eps=self.optim.eps,
+                eps=self.settings["eps"],
                 amsgrad=False,
                 maximize=False,
                 found_inf=skip,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megacore.layout.shards import Run
 from megacore.mesh.group import Group
+from megacore.optim.formats import StateFormat
 from megacore.spec import ParamSpec
 
 
@@ -34,6 +35,8 @@ class Share:
     """Ranks that hold other runs of the same local tensors; of size 1, the runs are whole tensors."""
     dtype: torch.dtype
     device: torch.device
+    format: StateFormat = StateFormat()
+    """Of moments."""
 
     def __post_init__(self) -> None:
         parts = (self.runs, self.specs, self.weights, self.weight_decay, self.lr_scale)

@@ -4,14 +4,21 @@ They follow from the specs alone (gaps of at most 63 elements per parameter in f
 depend on kernels and schedule and are not counted here yet.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from megacore.config.optimizers import kept, state
 from megacore.config.schema import OptimConfig
+from megacore.config.settings import settings
+from megacore.layout.buffer import ALIGNMENT
 from megacore.spec.params import ParamSpec
 
 ITEM_BYTES = MappingProxyType({"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2})
+
+SCALE_BYTES = 4
+"""Of a block of ``ALIGNMENT`` elements in 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +38,36 @@ class StateBytes:
 def state_bytes(
     params: Iterable[ParamSpec], optim: OptimConfig, dtype: str, tp_rank: int = 0, tp: int = 1
 ) -> StateBytes:
-    """What member ``tp_rank`` of ``tp`` holds of ``params``, everything in ``dtype`` (no ZeRO, no master weights).
+    """What member ``tp_rank`` of ``tp`` holds of ``params``, everything in ``dtype`` (no ZeRO, no master weights)."""
+    held = [(param, param.local_numel(tp_rank, tp)) for param in params]
+    size = sum(numel for _, numel in held) * ITEM_BYTES[dtype]
+    return StateBytes(size, size, sum(optimizer_bytes(optim, dtype, param, numel) for param, numel in held))
 
-    AdamW remembers two moments per parameter; SGD one velocity if it has momentum.
+
+def optimizer_bytes(optim: OptimConfig, dtype: str, param: ParamSpec, numel: int) -> int:
+    """What an optimizer remembers of ``numel`` neighbouring elements of ``param`` that it updates in ``dtype``.
+
+    Statistics of rows and columns are whole on every rank that holds some of the parameter, and never in 16 bits.
     """
-    numel = sum(param.local_numel(tp_rank, tp) for param in params)
-    slots = 2 if optim.name == "adamw" else int(optim.momentum > 0)
-    size = numel * ITEM_BYTES[dtype]
-    return StateBytes(size, size, slots * size)
+    kinds = kept(state(optim.name), settings(optim)).values()
+    return sum(_kind_bytes(kind, optim.state_dtype, dtype, param, numel) for kind in kinds)
+
+
+def _kind_bytes(kind: str, state_dtype: str, dtype: str, param: ParamSpec, numel: int) -> int:
+    if kind in ("row", "column"):
+        return _num_margins(param, kind) * max(ITEM_BYTES[dtype], ITEM_BYTES["fp32"])
+    assert kind in ("moment", "square", "element"), kind
+    if kind == "element" or state_dtype == "auto":
+        return numel * ITEM_BYTES[dtype]
+    if state_dtype == "int8":
+        return numel + SCALE_BYTES * -(-numel // ALIGNMENT)
+    return numel * ITEM_BYTES[state_dtype]
+
+
+def _num_margins(param: ParamSpec, kind: str) -> int:
+    """Rows or columns of all the matrices that a parameter consists of: one per segment of its split."""
+    rows, columns = param.shape[0], math.prod(param.shape[1:])
+    matrices = len(param.split.segments) if param.split else 1
+    if kind == "row":
+        return rows * (1 if param.dim == 0 else matrices)
+    return columns * (matrices if param.dim == 0 else 1)

@@ -16,6 +16,7 @@ from megacore.config.schema import (
     PrecisionConfig,
     RunConfig,
 )
+from megacore.config.settings import settings
 from megacore.verify.covering import covering, legal_layouts, values_of
 from megacore.verify.layouts import ONE, filled_in, label_of, num_ranks, read_layouts, text_of, why_illegal
 from megacore.verify.machine import too_large
@@ -145,10 +146,11 @@ def as_one_step(run: RunConfig) -> RunConfig:
     """The run as far as one step goes. SGD in place of the optimizer: what divides by a gradient's size makes round-off
     as large as signal where a gradient is nearly zero."""
     o = run.optim
+    weight_decay = settings(o).get("weight_decay", 0.0)
     return replace(
         run,
         train=replace(run.train, steps=1, eval_every=0),
-        optim=OptimConfig(name="sgd", lr=o.lr, weight_decay=o.weight_decay, clip_grad=o.clip_grad),
+        optim=OptimConfig(name="sgd", lr=o.lr, weight_decay=weight_decay, clip_grad=o.clip_grad),
         checkpoint=CheckpointConfig(),
         log=LogConfig(),
     )

@@ -67,7 +67,9 @@ def keys_read(source: Source) -> Iterator[str]:
 
 def test_every_key_is_read_or_refused():
     rooms = ("config", "bench", "tools", "demo")
-    read = {key for source in library() if source.room not in rooms for key in keys_read(source)}
+    # it hands hyper-parameters to optimizers under their names
+    counts = [s for s in library() if s.room not in rooms or s.name == "megacore/config/settings.py"]
+    read = {key for source in counts for key in keys_read(source)}
     ignored = [key for key in all_keys() if key not in read and key not in WORKS]
     assert not ignored, f"nothing reads {ignored}: use them, or put them into config/supported.py"
 

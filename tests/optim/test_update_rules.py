@@ -140,7 +140,7 @@ def test_skipped_steps_do_not_age_the_bias_correction() -> None:
 @pytest.mark.parametrize("make", [AdamW, SGD])
 def test_gaps_between_slots_stay_zero(make: type[AdamW] | type[SGD]) -> None:
     flat = FlatParameters.adopt([module_of()])
-    rule = make(flat, SPECS, OptimConfig())
+    rule = make(flat, SPECS, OptimConfig(name="adamw" if make is AdamW else "sgd"))
     for view in flat.grads.views().values():
         view.fill_(1.0)
     rule.step(1e-2, NO_SKIP)

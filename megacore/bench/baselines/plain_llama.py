@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megacore.config.schema import ModelConfig, OptimConfig
+from megacore.config.settings import settings
 
 Step = Callable[[Tensor, Tensor], Tensor]  # (tokens [b, s], labels [b, s]) -> loss, weights updated
 
@@ -112,8 +113,9 @@ def decayed_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> l
 
 def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig, **how: bool) -> torch.optim.AdamW:
     """torch's AdamW; `how` chooses its implementation (fused=True or foreach=True)."""
-    groups = decayed_groups(parameters, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, **how)
+    own = settings(config)
+    groups = decayed_groups(parameters, own["weight_decay"])
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(own["beta1"], own["beta2"]), eps=own["eps"], **how)
 
 
 def training_step(model: nn.Module, optim: OptimConfig, **how: bool) -> Step:

@@ -7,7 +7,7 @@ from megacore.optim.rule import Rule, Share
 
 
 def make_rule(name: str, share: Share, settings: Mapping[str, float]) -> Rule:
-    """The optimizer ``name`` (one of ``config.optimizers.optimizer_names()``), with a setting for each of its defaults."""
+    """The optimizer ``name`` (see ``config.optimizers``); ``settings`` has a value for each of its ``DEFAULTS``."""
     module = import_module(f"{__name__}.{name.replace('-', '_')}")
     found = [
         kind

@@ -1,0 +1,19 @@
+"""In what format an optimizer keeps its moments."""
+
+from dataclasses import dataclass
+
+from megacore.config.schema import OptimConfig
+
+
+@dataclass(frozen=True)
+class StateFormat:
+    """``kind`` is ``optim.state_dtype``; ``stochastic`` rounds to bf16 by chance, drawn from ``seed``."""
+
+    kind: str = "auto"
+    stochastic: bool = False
+    seed: int = 0
+
+    @classmethod
+    def of(cls, optim: OptimConfig, seed: int) -> "StateFormat":
+        """The format that a run asks for; ``seed`` is the run's."""
+        return cls(optim.state_dtype, optim.state_rounding == "stochastic", seed)
