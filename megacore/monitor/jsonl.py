@@ -2,6 +2,8 @@
 
 import json
 import math
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +34,25 @@ def finite(record: dict[str, Any]) -> dict[str, Any]:
     """The record as strict JSON can hold it.
 
     JSON has no NaN or infinity, yet a run that diverges must say so: such a value is written as null, and
-    `"nonfinite": {"loss": "nan", "grad_norm": "inf"}` is added, so null alone still means "not known".
+    `"nonfinite": {"loss": "nan", "statistics.gradient_norm.mlp": "inf"}` is added, so null alone still means "not
+    known".
     """
-    odd = {name: repr(value) for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
-    if not odd:
-        return record
-    return {name: None if name in odd else value for name, value in record.items()} | {"nonfinite": odd}
+    odd: dict[str, str] = {}
+    clean = _without_odd(record, "", odd)
+    return clean | {"nonfinite": odd} if odd else record
+
+
+def _without_odd(record: dict[str, Any], prefix: str, odd: dict[str, str]) -> dict[str, Any]:
+    """The record with null for what is not finite, which goes to ``odd`` by dotted name."""
+    clean = {}
+    for name, value in record.items():
+        if isinstance(value, dict):
+            value = _without_odd(value, f"{prefix}{name}.", odd)
+        elif isinstance(value, float) and not math.isfinite(value):
+            odd[prefix + name] = repr(value)
+            value = None
+        clean[name] = value
+    return clean
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -57,7 +72,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
                 continue  # still being written, or cut short by a crash
             raise ValueError(f"{path}, line {number}: not JSON ({error}); remove the line") from None
         for name, value in record.pop("nonfinite", {}).items():
-            record[name] = float(value)
+            *outer, last = name.split(".")
+            reduce(getitem, outer, record)[last] = float(value)
         records.append(record)
     return records
 

@@ -17,6 +17,7 @@ class StepMetrics:
     loss: mean over all tokens of the global batch, before the update. tokens: seen in total so far. mfu: share of
     the peak, 0 to 1, None where the peak is unknown. memory_gb: peak, 1e9 bytes. skipped: an
     update since the last record was left out because the gradient was not finite. val_loss: only where evaluated.
+    statistics: norms by part of the model and fractions, only where they are due (see optim.statistics).
     """
 
     step: int
@@ -31,12 +32,14 @@ class StepMetrics:
     memory_gb: float | None = None
     skipped: bool = False
     val_loss: float | None = None
+    statistics: dict[str, Any] | None = None
 
     def record(self) -> dict[str, Any]:
-        """The object for metrics.jsonl: unknown values are null, val_loss stands only where it was evaluated."""
+        """The object for metrics.jsonl: unknown values are null, val_loss and statistics stand only where there are."""
         record = asdict(self)
-        if self.val_loss is None:
-            del record["val_loss"]
+        for name in ("val_loss", "statistics"):
+            if record[name] is None:
+                del record[name]
         return record
 
 

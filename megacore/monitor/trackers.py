@@ -56,6 +56,9 @@ class TensorBoard:
             value = getattr(metrics, name)
             if value is not None:
                 self._writer.add_scalar(tag, value, metrics.step)
+        for name, figure in (metrics.statistics or {}).items():
+            for part, value in figure.items() if isinstance(figure, dict) else (("all", figure),):
+                self._writer.add_scalar(f"{name}/{part}", value, metrics.step)
 
     def text(self, tag: str, text: str, step: int) -> None:
         """Shows the text as it is: four spaces make it a code block of TensorBoard's markdown."""

@@ -111,7 +111,7 @@ class Reporter:
     def is_due(self, step: int) -> bool:
         """Whether a step's figures are to be written or shown."""
         c = self.config
-        every = (c.log.every, c.log.console_every, c.train.eval_every)
+        every = (c.log.every, c.log.console_every, c.log.statistics_every, c.train.eval_every)
         return step in (1, c.train.steps) or any(each and step % each == 0 for each in every)
 
     def tell(self, late: Late, files: Files) -> None:
@@ -122,7 +122,7 @@ class Reporter:
         self.shown.add(late)
         self.skips.add(late.result.skipped)
         always = late.step in (1, c.train.steps) or late.val_loss is not None
-        if always or late.step % c.log.every == 0:
+        if always or late.step % c.log.every == 0 or late.result.statistics is not None:
             self.record(late, files)
         if always or late.step % (c.log.console_every or c.log.every) == 0:
             metrics = self.figures(late, self.shown.read())
@@ -173,6 +173,7 @@ class Reporter:
             memory_gb=self.most_memory_gb.item(),
             skipped=span.num_skipped > 0,
             val_loss=None if late.val_loss is None else late.val_loss.item(),
+            statistics=None if late.result.statistics is None else late.result.statistics.record(),
         )
 
     def sample(self, step: int, prompt: str, text: str) -> None:

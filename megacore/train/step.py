@@ -13,6 +13,7 @@ from megacore.model.inputs import Inputs
 from megacore.model.stage import TIED, Stage
 from megacore.optim.groups import Optimizer
 from megacore.optim.norm import GlobalNorm
+from megacore.optim.statistics import Statistics
 from megacore.parallel.wgrad import WeightGradients
 from megacore.pipeline.engine import Actions, Marks, PipelineEngine, Step, Sums
 from megacore.schedule.generators.generate import forward_only
@@ -35,6 +36,8 @@ class StepResult:
     loss: Tensor
     grad_norm: Tensor
     skipped: Tensor
+    statistics: Statistics | None = None
+    """Where they are due."""
 
 
 class Trainer:
