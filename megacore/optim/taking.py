@@ -1,0 +1,29 @@
+"""What a step writes, if it is taken: where it is not, every bit stays, and the host never knows."""
+
+import torch
+from torch import Tensor
+
+from megacore.optim.rule import Share
+
+
+def put(taken: Tensor, state: Tensor, value: Tensor) -> None:
+    """``state`` becomes ``value``, of the same shape, where the boolean scalar ``taken`` says so.
+
+    A choice and not a product with 0 or 1: a ``value`` that is not taken may be nan, and -0.0 + 0.0 is not -0.0.
+    """
+    torch.where(taken, value.to(state.dtype), state, out=state)
+
+
+def descend(taken: Tensor, share: Share, run: int, step: Tensor, lr: float) -> None:
+    """weights = (1 - lr * decay) * weights - lr * step, for one run, in the precision of ``step``.
+
+    The decay is decoupled from the gradient (Loshchilov and Hutter 2019) and ``lr`` is the run's own, by its scale.
+    """
+    rate = lr * share.lr_scale[run]
+    weights = share.weights[run]
+    put(taken, weights, weights.to(step.dtype).mul(1 - rate * share.weight_decay[run]).sub_(step, alpha=rate))
+
+
+def whole(tensor: Tensor) -> slice:
+    """All of a 1-D tensor."""
+    return slice(0, tensor.numel())
