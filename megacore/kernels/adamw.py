@@ -6,7 +6,7 @@ With g a gradient, m and v its moments, w a weight and t the number of the step:
     w = (1 - lr decay) w - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -88,11 +88,26 @@ def compiled(
 def fused(
     weights: Tensors, grads: Tensors, moments: Moments, rates: Rates, taken: Tensor, copies: Tensors = ()
 ) -> None:
-    """As ``AdamW``, by ``torch._fused_adamw_``: a call for every learning rate and weight decay that there is."""
+    """As ``AdamW``, by torch."""
+    _fused(torch._fused_adamw_, weights, grads, moments, rates, taken)
+    if copies:
+        torch._foreach_copy_(list(copies), list(weights))
+
+
+@torch.no_grad()
+def fused_adam(weights: Tensors, grads: Tensors, moments: Moments, rates: Rates, taken: Tensor) -> None:
+    """Adam (Kingma and Ba 2015, algorithm 1), by torch: decay is added to gradients."""
+    _fused(torch._fused_adam_, weights, grads, moments, rates, taken)
+
+
+def _fused(
+    step: Callable[..., object], weights: Tensors, grads: Tensors, moments: Moments, rates: Rates, taken: Tensor
+) -> None:
+    """A call for every learning rate and weight decay that there is."""
     kinds = list(zip(rates.lr, rates.weight_decay, strict=True))
     for kind in dict.fromkeys(kinds):
         own = [place for place, other in enumerate(kinds) if other == kind]
-        torch._fused_adamw_(
+        step(
             [weights[place] for place in own],
             [grads[place].to(weights[place].dtype) for place in own],
             [moments.first[place] for place in own],
@@ -108,8 +123,6 @@ def fused(
             maximize=False,
             found_inf=1 - taken,
         )
-    if copies:
-        torch._foreach_copy_(list(copies), list(weights))
 
 
 @torch.no_grad()

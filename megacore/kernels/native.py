@@ -9,6 +9,8 @@ import torch
 INTERFACE = 1
 """As in csrc/cpu/ops.cpp: raised with every change of what is called, so that a library of other sources is refused."""
 
+BUILD = "pip install --no-build-isolation -e . builds it"
+
 
 @cache
 def unavailable() -> str:
@@ -16,14 +18,14 @@ def unavailable() -> str:
     files = [Path(__file__).with_name(f"_cpu{suffix}") for suffix in EXTENSION_SUFFIXES]
     built = [file for file in files if file.exists()]
     if not built:
-        return "csrc/cpu is not built; with a C++20 compiler (apt install g++), bash launch/setup.sh builds it"
+        return f"csrc/cpu is not built; with a C++20 compiler (apt install g++), {BUILD}"
     try:
         torch.ops.load_library(built[0])
     except OSError as reason:
-        return f"{built[0].name} does not load: {reason}; remove it and run bash launch/setup.sh"
+        return f"{built[0].name} does not load: {reason}; {BUILD}"
     operations = torch.ops.megacore_cpu
     if not hasattr(operations, "interface") or operations.interface() != INTERFACE:
-        return f"{built[0].name} was built from other sources; remove it and run bash launch/setup.sh"
+        return f"{built[0].name} was built from other sources; {BUILD}"
     # It only writes into its arguments: there is nothing to say of results' shapes.
     torch.library.register_fake("megacore_cpu::adamw_", lambda *arguments: None)
     return ""

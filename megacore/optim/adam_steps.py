@@ -1,4 +1,4 @@
-"""What Adam and AdamW share: two moments, their bias correction, and torch's fused kernels where those apply."""
+"""What Adam and AdamW share: two moments, their bias correction, and kernels that pass over memory once."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -6,61 +6,65 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from megacore.kernels import adamw
+from megacore.kernels.adamw import Moments, Rates
+from megacore.kernels.table import Choice
 from megacore.optim.elementwise import ElementWise
 from megacore.optim.moments import Plain
 from megacore.optim.rule import Share
 
-Fused = Callable[..., None]
+OnePass = Callable[[Sequence[Tensor], Sequence[Tensor], Moments, Rates, Tensor], None]
+"""A step of all runs; as ``kernels.adamw.AdamW``."""
+
+
+def one_pass(device: torch.device, weights: torch.dtype, moments: torch.dtype) -> tuple[OnePass | None, Choice]:
+    """The AdamW kernel for these dtypes, if one makes a single pass, and the story of its choice."""
+    kernel, choice = adamw.choose(device, weights, moments)
+    return (None if choice.backend == "reference" else kernel), choice
 
 
 class AdamSteps(ElementWise):
     """m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g^2, and a step along m / sqrt(v), both freed of bias.
 
-    Moments of the weights' dtype are updated by a fused kernel, which reads and writes everything once; other
-    formats take the chunks of ``ElementWise``.
+    A kernel reads and writes everything once; moments in formats that no kernel has take the chunks of ``ElementWise``.
     """
-
-    fused: Fused
 
     def __init__(self, share: Share, settings: Mapping[str, float]) -> None:
         super().__init__(share, settings)
-        moments = [moment for moment in self.moments.values() if isinstance(moment, Plain)]
-        plain = len(moments) == 2 and all(data.dtype == self.dtype for moment in moments for data in moment.data)
-        self.groups = self._groups(*(moment.data for moment in moments)) if plain else None
+        first, second = self.moments.values()
+        self.kernel: OnePass | None = None
+        if not isinstance(first, Plain) or not isinstance(second, Plain) or first.by_chance:
+            rejected: tuple[str, ...] = ("kernels keep moments in floating point, rounded to the nearest",)
+        elif share.dtype != self.dtype:
+            rejected = (f"kernels update weights as they are, and those of {share.dtype} are updated in {self.dtype}",)
+        else:
+            self.plain = Moments(first.data, second.data, self.clock)
+            self.kernel, choice = self.choose(first.dtype)
+            rejected = choice.rejected
+        if self.kernel is None:
+            choice = Choice(type(self).__name__.lower(), "torch in chunks", rejected)
+        self.kernels = (choice,)
 
-    def _groups(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> list["_Group"]:
-        """Runs with one weight decay and one learning rate are updated in one call."""
-        share = self.share
-        kinds = list(zip(share.weight_decay, share.lr_scale))
-        return [
-            _Group(kind, [run for run, other in enumerate(kinds) if other == kind], share.weights, first, second)
-            for kind in dict.fromkeys(kinds)
-        ]
+    @abstractmethod
+    def choose(self, moments: torch.dtype) -> tuple[OnePass | None, Choice]:
+        """The kernel for moments of this dtype, if there is one."""
 
     @torch.no_grad()
     def update(self, grads: Sequence[Tensor], lr: float, taken: Tensor) -> None:
         """As ``Rule.update``."""
-        if self.groups is None:
+        if self.kernel is None:
             super().update(grads, lr, taken)
             return
         self.clock += taken
-        for group in self.groups:
-            type(self).fused(
-                group.weights,
-                [grads[run] for run in group.runs],
-                group.first,
-                group.second,
-                [],
-                [self.clock] * len(group.runs),
-                lr=lr * group.lr_scale,
-                beta1=self.settings["beta1"],
-                beta2=self.settings["beta2"],
-                weight_decay=group.weight_decay,
-                eps=self.settings["eps"],
-                amsgrad=False,
-                maximize=False,
-                found_inf=1 - taken,
-            )
+        share, known = self.share, self.settings
+        rates = Rates(
+            [lr * scale for scale in share.lr_scale],
+            share.weight_decay,
+            known["beta1"],
+            known["beta2"],
+            known["eps"],
+        )
+        self.kernel(share.weights, grads, self.plain, rates, taken)
 
     def move(self, weight: Tensor, grad: Tensor, moments: Sequence[Tensor], lr: float) -> tuple[Tensor, Tensor, Tensor]:
         """The new weight and moments, weight decay apart (Kingma and Ba 2015, algorithm 1)."""
@@ -72,24 +76,3 @@ class AdamSteps(ElementWise):
         correction1, correction2 = 1 - beta1**steps, 1 - beta2**steps
         size = second.sqrt().div_(correction2.sqrt()).add_(self.settings["eps"])
         return weight - (first / size).mul_(lr / correction1), first, second
-
-    @abstractmethod
-    def step(
-        self, weight: Tensor, grad: Tensor, moments: Sequence[Tensor], lr: float, weight_decay: float
-    ) -> tuple[Tensor, ...]: ...
-
-
-class _Group:
-    """The runs of one (weight decay, learning-rate scale)."""
-
-    def __init__(
-        self,
-        kind: tuple[float, float],
-        runs: list[int],
-        weights: Sequence[Tensor],
-        first: Sequence[Tensor],
-        second: Sequence[Tensor],
-    ) -> None:
-        self.weight_decay, self.lr_scale = kind
-        self.runs = runs
-        self.weights, self.first, self.second = ([of[run] for run in runs] for of in (weights, first, second))

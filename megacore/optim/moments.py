@@ -34,7 +34,8 @@ class Plain(Moment):
     """In a floating-point format; ``clock`` keys the rounding to bf16 where that is by chance."""
 
     def __init__(self, share: Share, name: str, clock: Tensor) -> None:
-        self.data = share.zeros(dict(DTYPES)[share.format.kind])
+        self.dtype = dict(DTYPES)[share.format.kind] or share.dtype
+        self.data = share.zeros(self.dtype)
         self.share, self.clock = share, clock
         self.by_chance = share.format.stochastic
         if self.by_chance:

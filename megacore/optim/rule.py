@@ -1,16 +1,22 @@
 """What an optimizer is given and what it must do. Each is one file of ``rules/``, found by its name."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megacore.kernels.table import Choice
 from megacore.layout.shards import Run
 from megacore.mesh.group import Group
 from megacore.optim.formats import StateFormat
 from megacore.spec import ParamSpec
+
+
+def allocate_zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[numel] of 0 in the device's own memory."""
+    return torch.zeros(numel, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Share:
     device: torch.device
     format: StateFormat = StateFormat()
     """Of moments."""
+    allocate: Callable[[int, torch.dtype, torch.device], Tensor] = allocate_zeros
+    """Gives the memory of ``zeros``."""
 
     def __post_init__(self) -> None:
         parts = (self.runs, self.specs, self.weights, self.weight_decay, self.lr_scale)
@@ -51,9 +59,10 @@ class Share:
 
         They are of the weights' dtype if none is given.
         """
-        size = max((run.offset + run.numel for run in self.runs), default=0)
-        flat = torch.zeros(size, dtype=dtype or self.dtype, device=self.device)
-        return tuple(flat[run.offset : run.offset + run.numel] for run in self.runs)
+        start = min((run.offset for run in self.runs), default=0)
+        size = max((run.offset + run.numel for run in self.runs), default=0) - start
+        flat = self.allocate(size, dtype or self.dtype, self.device)
+        return tuple(flat[run.offset - start :][: run.numel] for run in self.runs)
 
 
 class Rule(ABC):
@@ -61,11 +70,13 @@ class Rule(ABC):
 
     ``DEFAULTS`` are its hyper-parameters with their usual values, ``STATE`` says what it remembers (see
     ``config.optimizers``). ``settings`` has a value for every name of ``DEFAULTS``. ``clock`` counts the steps taken.
+    ``kernels`` are those that it chose, if any: a run says them at its start.
     """
 
     def __init__(self, share: Share, settings: Mapping[str, float]) -> None:
         self.share, self.settings = share, settings
         self.clock = torch.zeros((), dtype=torch.float32, device=share.device)
+        self.kernels: tuple[Choice, ...] = ()
 
     @abstractmethod
     def update(self, grads: Sequence[Tensor], lr: float, taken: Tensor) -> None:
