@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         "--milliseconds",
         type=float,
         nargs=3,
-        default=(50.0, 50.0, 50.0),
+        default=(100.0, 100.0, 100.0),
         metavar=("F", "I", "W"),
         help="of a stage's forward, input gradient and weight gradient (default 100 100 100)",
     )
