@@ -17,6 +17,8 @@ def divide_by_root(matrices: Matrices, tensors: Sequence[Tensor], margins: Tenso
 
     ``tensors`` are 1-D, one per run; ``margins`` the whole sums of rows and columns of V.
     """
+    if not tensors:
+        return  # perhaps there are no matrices at all
     totals = torch.stack([rows.sum() for rows in matrices.rows_by_matrix(margins)])
     factors = margins.clone()
     factors[: matrices.num_rows] /= totals[matrices.matrix_of_row]
