@@ -10,7 +10,7 @@ from megacore.config.resolve import resolve_model
 from megacore.config.schema import ModelConfig
 from megacore.layout import BufferLayout, Layout
 from megacore.layout.shards import Run, runs_of
-from megacore.mesh.group import Group
+from megacore.mesh.group import CommLog, Group
 from megacore.mesh.mesh import ParallelMesh
 from megacore.optim.norm import GlobalNorm
 from megacore.spec import ModelSpec, ParamSpec
@@ -77,9 +77,9 @@ class Cut:
         return torch.cat(parts, spec.dim) if parts else whole.narrow(spec.dim, 0, 0)
 
 
-def cut(rank: int, layout: Layout) -> Cut:
+def cut(rank: int, layout: Layout, log: CommLog | None = None) -> Cut:
     """The rank's part; with pp=2 the second stage begins in layer 1 and holds a copy of the (tied) embedding."""
-    mesh = ParallelMesh.build(layout, rank, CPU, max(1, layout.tp // MODEL.num_kv_heads))
+    mesh = ParallelMesh.build(layout, rank, CPU, max(1, layout.tp // MODEL.num_kv_heads), log)
     held: list[ParamSpec] = list(SPECS)
     copies: tuple[str, ...] = ()
     if layout.pp == 2:
