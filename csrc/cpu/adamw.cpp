@@ -1,4 +1,5 @@
-// The loop of AdamW (Loshchilov and Hutter 2019, algorithm 2), written once and compiled for each instruction set.
+// The loop of Adam and AdamW (Loshchilov and Hutter 2019, algorithm 2), written once and compiled for each instruction
+// set.
 //
 // A step streams 28 bytes per parameter through the processor (fp32), so memory sets its pace: what matters is that
 // everything happens in one pass, not how the arithmetic is spelled. The compiler vectorises the plain loop.
@@ -51,10 +52,11 @@ MEGACORE_INLINE void loop(const Span<Grad, Moment>& span, std::int64_t begin, st
     BFloat16* __restrict__ copies = span.copy;
     const Factors f = factors;
     for (std::int64_t i = begin; i < end; ++i) {
-        const float grad = load(grads[i]);
+        const float old = weights[i];
+        const float grad = load(grads[i]) + f.pull * old;
         const float first = f.beta1 * load(firsts[i]) + f.rest1 * grad;
         const float second = f.beta2 * load(seconds[i]) + f.rest2 * grad * grad;
-        const float weight = f.keep * weights[i] - f.step * first / (std::sqrt(second) * f.unbias + f.eps);
+        const float weight = f.keep * old - f.step * first / (std::sqrt(second) * f.unbias + f.eps);
         store(first, firsts[i]);
         store(second, seconds[i]);
         weights[i] = weight;

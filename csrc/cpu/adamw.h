@@ -1,4 +1,4 @@
-// One AdamW step of a contiguous span of elements, in the widest vectors that the processor has.
+// One Adam or AdamW step of a contiguous span of elements, in the widest vectors that the processor has.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,8 @@ struct Span {
 
 // What is equal for all elements of a span, already rounded to float.
 struct Factors {
-    float keep;         // 1 - lr * weight decay
+    float keep;         // AdamW: 1 - lr * weight decay; Adam: 1
+    float pull;         // AdamW: 0; Adam: weight decay, which pulls on the gradient
     float step;         // lr / (1 - beta1^t)
     float unbias;       // 1 / sqrt(1 - beta2^t)
     float eps;

@@ -24,7 +24,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
-constexpr std::int64_t kInterface = 1;  // as in megacore/kernels/native.py
+constexpr std::int64_t kInterface = 2;  // as in megacore/kernels/native.py
 constexpr std::int64_t kGrain = 1 << 15;  // elements that are worth a thread
 
 struct Named {
@@ -103,8 +103,8 @@ void run(const Arguments& in) {
 
 // See megacore/kernels/adamw.py. `clock` is the number of this step; where `taken` is 0 nothing is touched.
 void adamw_(Tensors weights, Tensors grads, Tensors first, Tensors second, Tensors copies, Tensor clock, Tensor taken,
-            std::vector<double> lr, std::vector<double> weight_decay, double beta1, double beta2, double eps,
-            std::string isa) {
+            std::vector<double> lr, std::vector<double> weight_decay, bool coupled, double beta1, double beta2,
+            double eps, std::string isa) {
     const std::size_t count = weights.size();
     STD_TORCH_CHECK(grads.size() == count && first.size() == count && second.size() == count && lr.size() == count &&
                         weight_decay.size() == count && (copies.empty() || copies.size() == count),
@@ -120,7 +120,8 @@ void adamw_(Tensors weights, Tensors grads, Tensors first, Tensors second, Tenso
         check(first[i], numel, moment, "first", i);
         check(second[i], numel, moment, "second", i);
         if (!copies.empty()) check(copies[i], numel, ScalarType::BFloat16, "copies", i);
-        in.factors.push_back({static_cast<float>(1 - lr[i] * weight_decay[i]),
+        in.factors.push_back({static_cast<float>(coupled ? 1 : 1 - lr[i] * weight_decay[i]),
+                              static_cast<float>(coupled ? weight_decay[i] : 0),
                               static_cast<float>(lr[i] / (1 - std::pow(beta1, t))),
                               static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, t))), static_cast<float>(eps),
                               static_cast<float>(beta1), static_cast<float>(1 - beta1), static_cast<float>(beta2),
@@ -140,8 +141,8 @@ void adamw_(Tensors weights, Tensors grads, Tensors first, Tensors second, Tenso
 STABLE_TORCH_LIBRARY(megacore_cpu, m) {
     m.def(
         "adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] first, Tensor(c!)[] second, Tensor(d!)[] copies, "
-        "Tensor clock, Tensor taken, float[] lr, float[] weight_decay, float beta1, float beta2, float eps, "
-        "str isa) -> ()");
+        "Tensor clock, Tensor taken, float[] lr, float[] weight_decay, bool coupled, float beta1, "
+        "float beta2, float eps, str isa) -> ()");
     m.def("isas() -> str");
     m.def("interface() -> int");
 }

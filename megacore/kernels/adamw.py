@@ -1,12 +1,15 @@
-"""One step of AdamW (Loshchilov and Hutter 2019, algorithm 2): our C++ on the CPU, torch's fused kernel, plain PyTorch.
+"""One step of AdamW or Adam (Loshchilov and Hutter 2019, algorithm 2): our C++ on the CPU, torch's
+fused kernel, plain PyTorch.
 
 With g a gradient, m and v its moments, w a weight and t the number of the step:
 
     m = beta1 m + (1 - beta1) g,    v = beta2 v + (1 - beta2) g^2
     w = (1 - lr decay) w - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
+
+Adam (Kingma and Ba 2015, algorithm 1) instead adds decay * w to g, and w does not shrink of itself.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -39,6 +42,8 @@ class Rates:
     beta1: float
     beta2: float
     eps: float
+    coupled: bool = False
+    """Adam: the decay is added to the gradient (L2) instead of taken from the weight."""
 
 
 class AdamW(Protocol):
@@ -77,6 +82,7 @@ def compiled(
         taken,
         list(rates.lr),
         list(rates.weight_decay),
+        rates.coupled,
         rates.beta1,
         rates.beta2,
         rates.eps,
@@ -88,22 +94,8 @@ def compiled(
 def fused(
     weights: Tensors, grads: Tensors, moments: Moments, rates: Rates, taken: Tensor, copies: Tensors = ()
 ) -> None:
-    """As ``AdamW``, by torch."""
-    _fused(torch._fused_adamw_, weights, grads, moments, rates, taken)
-    if copies:
-        torch._foreach_copy_(list(copies), list(weights))
-
-
-@torch.no_grad()
-def fused_adam(weights: Tensors, grads: Tensors, moments: Moments, rates: Rates, taken: Tensor) -> None:
-    """Adam (Kingma and Ba 2015, algorithm 1), by torch: decay is added to gradients."""
-    _fused(torch._fused_adam_, weights, grads, moments, rates, taken)
-
-
-def _fused(
-    step: Callable[..., object], weights: Tensors, grads: Tensors, moments: Moments, rates: Rates, taken: Tensor
-) -> None:
-    """A call for every learning rate and weight decay that there is."""
+    """As ``AdamW``, by torch: a call for every learning rate and weight decay that there is."""
+    step = torch._fused_adam_ if rates.coupled else torch._fused_adamw_
     kinds = list(zip(rates.lr, rates.weight_decay, strict=True))
     for kind in dict.fromkeys(kinds):
         own = [place for place, other in enumerate(kinds) if other == kind]
@@ -123,6 +115,8 @@ def _fused(
             maximize=False,
             found_inf=1 - taken,
         )
+    if copies:
+        torch._foreach_copy_(list(copies), list(weights))
 
 
 @torch.no_grad()
@@ -133,12 +127,14 @@ def reference(
     is_taken = taken != 0
     runs = zip(weights, grads, moments.first, moments.second, rates.lr, rates.weight_decay, strict=True)
     for weight, narrow_grad, first, second, lr, decay in runs:
-        grad, clock = narrow_grad.to(weight.dtype), moments.clock.double()
+        clock, grad, keep = moments.clock.double(), narrow_grad.to(weight.dtype), 1 - lr * decay
+        if rates.coupled:
+            grad, keep = grad + decay * weight, 1.0
         mean = rates.beta1 * first.to(weight.dtype) + (1 - rates.beta1) * grad
         square = rates.beta2 * second.to(weight.dtype) + (1 - rates.beta2) * grad * grad
         step = (lr / (1 - rates.beta1**clock)).to(weight.dtype)
         unbias = (1 - rates.beta2**clock).rsqrt().to(weight.dtype)
-        new = (1 - lr * decay) * weight - step * mean / (square.sqrt() * unbias + rates.eps)
+        new = keep * weight - step * mean / (square.sqrt() * unbias + rates.eps)
         for old, updated in ((first, mean), (second, square), (weight, new)):
             old.copy_(torch.where(is_taken, updated.to(old.dtype), old))
     for copy, weight in zip(copies, weights):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-INTERFACE = 1
+INTERFACE = 2
 """As in csrc/cpu/ops.cpp: raised with every change of what is called, so that a library of other sources is refused."""
 
 BUILD = "pip install --no-build-isolation -e . builds it"

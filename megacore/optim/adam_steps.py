@@ -1,7 +1,6 @@
 """What Adam and AdamW share: two moments, their bias correction, and kernels that pass over memory once."""
 
-from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,41 +12,33 @@ from megacore.optim.elementwise import ElementWise
 from megacore.optim.moments import Plain
 from megacore.optim.rule import Share
 
-OnePass = Callable[[Sequence[Tensor], Sequence[Tensor], Moments, Rates, Tensor], None]
-"""A step of all runs; as ``kernels.adamw.AdamW``."""
-
-
-def one_pass(device: torch.device, weights: torch.dtype, moments: torch.dtype) -> tuple[OnePass | None, Choice]:
-    """The AdamW kernel for these dtypes, if one makes a single pass, and the story of its choice."""
-    kernel, choice = adamw.choose(device, weights, moments)
-    return (None if choice.backend == "reference" else kernel), choice
-
 
 class AdamSteps(ElementWise):
     """m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g^2, and a step along m / sqrt(v), both freed of bias.
 
-    A kernel reads and writes everything once; moments in formats that no kernel has take the chunks of ``ElementWise``.
+    ``coupled`` is whether weight decay is part of the gradient. A kernel reads and writes everything once; moments in
+    formats that no kernel has take the chunks of ``ElementWise``.
     """
+
+    coupled: bool
 
     def __init__(self, share: Share, settings: Mapping[str, float]) -> None:
         super().__init__(share, settings)
         first, second = self.moments.values()
-        self.kernel: OnePass | None = None
+        self.kernel: adamw.AdamW | None = None
         if not isinstance(first, Plain) or not isinstance(second, Plain) or first.by_chance:
             rejected: tuple[str, ...] = ("kernels keep moments in floating point, rounded to the nearest",)
         elif share.dtype != self.dtype:
             rejected = (f"kernels update weights as they are, and those of {share.dtype} are updated in {self.dtype}",)
         else:
             self.plain = Moments(first.data, second.data, self.clock)
-            self.kernel, choice = self.choose(first.dtype)
+            kernel, choice = adamw.choose(share.device, share.dtype, first.dtype)
             rejected = choice.rejected
+            if kernel is not adamw.reference:  # whose temporaries would not stay in cache
+                self.kernel = kernel
         if self.kernel is None:
             choice = Choice(type(self).__name__.lower(), "torch in chunks", rejected)
         self.kernels = (choice,)
-
-    @abstractmethod
-    def choose(self, moments: torch.dtype) -> tuple[OnePass | None, Choice]:
-        """The kernel for moments of this dtype, if there is one."""
 
     @torch.no_grad()
     def update(self, grads: Sequence[Tensor], lr: float, taken: Tensor) -> None:
@@ -63,6 +54,7 @@ class AdamSteps(ElementWise):
             known["beta1"],
             known["beta2"],
             known["eps"],
+            self.coupled,
         )
         self.kernel(share.weights, grads, self.plain, rates, taken)
 

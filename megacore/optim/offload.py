@@ -1,0 +1,166 @@
+"""State kept elsewhere than beside the weights: in host memory, or in files (ZeRO-Offload, Ren et al. 2021;
+ZeRO-Infinity, Rajbhandari et al. 2021, section 5).
+
+A rule is not asked to know: each bucket of parameters gets a rule of its own, made by the same file, whose state comes
+from a memory that is told which bucket is in use. Where the weights are trained on another device, gradients come to
+the host ahead of a bucket's update and new weights leave behind it, both while other buckets are updated.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megacore.optim.rule import Rule, Share
+
+
+class Memory(Protocol):
+    """Where the state of buckets lies."""
+
+    def zeros(self, bucket: int, numel: int, dtype: torch.dtype) -> Tensor:
+        """[numel] on the CPU."""
+
+    def fetch(self, bucket: int) -> None:
+        """Called some time before a bucket is updated; past the last one, it does nothing."""
+
+    def release(self, bucket: int) -> None:
+        """Called when it has been."""
+
+
+class HostMemory:
+    """Ordinary memory."""
+
+    def zeros(self, bucket: int, numel: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(numel, dtype=dtype)
+
+    def fetch(self, bucket: int) -> None:
+        pass
+
+    def release(self, bucket: int) -> None:
+        pass
+
+
+class Offloaded(Rule):
+    """The rule that ``make`` gives, a bucket at a time: every number is that of the rule over the whole share.
+
+    share: weights in host memory. buckets: the names of each bucket's parameters, the same on all ranks of ``share``'s
+    groups, so that collectives meet; parameters that are not cut (a tied matrix) may have a bucket to themselves.
+    transfer: where gradients come from and weights go to, if that is another device.
+    """
+
+    def __init__(
+        self,
+        share: Share,
+        settings: Mapping[str, float],
+        make: Callable[[Share, Mapping[str, float]], Rule],
+        buckets: Sequence[Collection[str]],
+        memory: Memory,
+        transfer: "Transfer | None" = None,
+    ) -> None:
+        super().__init__(share, settings)
+        assert share.device.type == "cpu", share.device
+        self.memory, self.transfer = memory, transfer
+        place = {name: bucket for bucket, names in enumerate(buckets) for name in names}
+        self.runs: list[list[int]] = [[] for _ in buckets]
+        for number, run in enumerate(share.runs):
+            self.runs[place[run.name]].append(number)
+        self.rules = [make(self._part(bucket, own), settings) for bucket, own in enumerate(self.runs)]
+        self.kernels = tuple(dict.fromkeys(choice for rule in self.rules for choice in rule.kernels))
+
+    def _part(self, bucket: int, own: Sequence[int]) -> Share:
+        """The share of one bucket."""
+        share = self.share
+
+        def of(values: Sequence[Any]) -> tuple[Any, ...]:
+            return tuple(values[number] for number in own)
+
+        return replace(
+            share,
+            runs=of(share.runs),
+            specs=of(share.specs),
+            weights=of(share.weights),
+            weight_decay=of(share.weight_decay),
+            lr_scale=of(share.lr_scale),
+            allocate=lambda numel, dtype, device: self.memory.zeros(bucket, numel, dtype),
+        )
+
+    @torch.no_grad()
+    def update(self, grads: Sequence[Tensor], lr: float, taken: Tensor) -> None:
+        """As ``Rule.update``. With a transfer, gradients and ``taken`` are on its device, and this waits for them."""
+        if self.transfer:
+            grads, taken = self.transfer.start(grads, self.runs, taken)
+        self.clock += taken
+        self.memory.fetch(0)
+        for bucket, (rule, own) in enumerate(zip(self.rules, self.runs, strict=True)):
+            self.memory.fetch(bucket + 1)
+            if self.transfer:
+                self.transfer.wait(bucket)
+            rule.update([grads[run] for run in own], lr, taken)
+            if self.transfer:
+                self.transfer.send(own)
+            self.memory.release(bucket)
+        if self.transfer:
+            self.transfer.finish()
+
+    def set_clock(self, clock: Tensor) -> None:
+        """Count on from ``clock``, as after a checkpoint."""
+        for rule in (self, *self.rules):
+            rule.clock.copy_(clock)
+
+    def state(self) -> Mapping[str, Sequence[Tensor]]:
+        """All buckets' state; with files behind it, reading it brings it into memory."""
+        states = [rule.state() for rule in self.rules]
+        return {name: [tensor for state in states for tensor in state[name]] for name in states[0]} if states else {}
+
+
+class Transfer:
+    """Gradients from ``targets``' device to the host, new weights back into ``targets`` (one per run, in any dtype).
+
+    On CUDA both use pinned memory and a stream each, so that they run beside the updates of other buckets; on the CPU
+    the same copies are made one after the other.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], targets: Sequence[Tensor], device: torch.device) -> None:
+        self.weights, self.targets, self.device = weights, targets, device
+        self.on_gpu = device.type == "cuda"
+        self.grads = [torch.empty_like(weight, pin_memory=self.on_gpu) for weight in weights]
+        self.staged = [torch.empty(target.shape, dtype=target.dtype, pin_memory=self.on_gpu) for target in targets]
+        self.down = torch.cuda.Stream(device) if self.on_gpu else None
+        self.up = torch.cuda.Stream(device) if self.on_gpu else None
+        self.arrived: list[torch.cuda.Event] = []
+
+    def start(
+        self, grads: Sequence[Tensor], buckets: Sequence[Sequence[int]], taken: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """Begin to bring all gradients, bucket after bucket; returns where they will be, and ``taken`` on the host."""
+        self.arrived.clear()
+        if self.down is not None:
+            self.down.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.down) if self.down is not None else nullcontext():
+            for own in buckets:
+                for run in own:
+                    self.grads[run].copy_(grads[run], non_blocking=True)
+                if self.on_gpu:
+                    self.arrived.append(torch.cuda.Event())
+                    self.arrived[-1].record()
+        return self.grads, taken.to("cpu")
+
+    def wait(self, bucket: int) -> None:
+        """Until a bucket's gradients are here."""
+        if self.on_gpu:
+            self.arrived[bucket].synchronize()
+
+    def send(self, own: Sequence[int]) -> None:
+        """Begin to send the new weights of these runs."""
+        with torch.cuda.stream(self.up) if self.up is not None else nullcontext():
+            for run in own:
+                self.staged[run].copy_(self.weights[run])
+                self.targets[run].copy_(self.staged[run], non_blocking=True)
+
+    def finish(self) -> None:
+        """What is computed from now on waits for the weights; before the next step they have left the host."""
+        if self.up is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.up)
