@@ -51,14 +51,15 @@ class TensorBoard:
         self._writer: Any = SummaryWriter(str(out / TENSORBOARD))
 
     def log(self, metrics: StepMetrics) -> None:
-        """Sends every known figure under its tag of TAGS, at x = step."""
+        """Sends every known figure under its tag of TAGS, at x = step; statistics under their own names."""
         for name, tag in TAGS.items():
             value = getattr(metrics, name)
             if value is not None:
                 self._writer.add_scalar(tag, value, metrics.step)
         for name, figure in (metrics.statistics or {}).items():
-            for part, value in figure.items() if isinstance(figure, dict) else (("all", figure),):
-                self._writer.add_scalar(f"{name}/{part}", value, metrics.step)
+            by_part = figure if isinstance(figure, dict) else {"": figure}
+            for part, value in by_part.items():
+                self._writer.add_scalar(f"statistics/{name}/{part}".rstrip("/"), value, metrics.step)
 
     def text(self, tag: str, text: str, step: int) -> None:
         """Shows the text as it is: four spaces make it a code block of TensorBoard's markdown."""

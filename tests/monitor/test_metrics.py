@@ -68,6 +68,22 @@ def test_a_diverged_step_is_valid_json_and_says_what_happened():
     }  # fmt: skip
 
 
+def test_statistics_of_a_diverged_step_come_back_too(tmp_path):
+    statistics = {"gradient_norm": {"mlp": math.inf, "head": 1.5}, "zero_fraction": 0.25}
+    writer = MetricsWriter(tmp_path)
+    writer.write(metrics(1, loss=math.inf, statistics=statistics))
+    writer.write(metrics(2))
+    first, second = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    written = strict_json(first)
+    assert list(written) == [*KEYS, "statistics", "nonfinite"]
+    assert written["statistics"] == {"gradient_norm": {"mlp": None, "head": 1.5}, "zero_fraction": 0.25}
+    assert written["nonfinite"] == {"loss": "inf", "statistics.gradient_norm.mlp": "inf"}
+    assert list(strict_json(second)) == KEYS
+    record, _ = read_json_lines(tmp_path / "metrics.jsonl")
+    assert (record["loss"], record["statistics"]) == (math.inf, statistics)
+    assert statistics["gradient_norm"]["mlp"] == math.inf  # what was given is left as it was
+
+
 @pytest.mark.parametrize(
     ("tail", "kept"), [(b'{"step": 2, "lo', [1]), (b'{"step": 2}', [1, 2]), (b'{"step": 2}\n', [1, 2]), (b"", [1])]
 )

@@ -13,6 +13,7 @@ from megacore.layout import Layout
 from megacore.mesh.mesh import ParallelMesh
 from megacore.monitor.jsonl import read_json_lines
 from megacore.monitor.run_folder import EVENTS, LOG, METRICS
+from megacore.optim.statistics import Statistics
 from megacore.train import reporter as reporting
 from megacore.train.loop import Late
 from megacore.train.meter import Skips
@@ -25,9 +26,9 @@ CPU = torch.device("cpu")
 STEPS = 60
 
 
-def late(step: int, skipped: bool = False, val_loss: float | None = None) -> Late:
+def late(step: int, skipped: bool = False, val_loss: float | None = None, statistics: Statistics | None = None) -> Late:
     """A step of 10 tokens that took as many seconds as its number."""
-    result = StepResult(torch.tensor(1.0 / step), torch.tensor(2.0), torch.tensor(float(skipped)))
+    result = StepResult(torch.tensor(1.0 / step), torch.tensor(2.0), torch.tensor(float(skipped)), statistics)
     began = SimpleNamespace()
     ended = SimpleNamespace(seconds_since=lambda mark: float(step) if mark is began else pytest.fail("other mark"))
     value = None if val_loss is None else torch.tensor(val_loss)
@@ -76,6 +77,27 @@ def test_the_file_and_the_console_keep_their_own_steps(tmp_path: Path, every: in
         assert record["step_time_s"] == pytest.approx(sum(steps) / len(steps))
         assert record["tokens_per_s"] == pytest.approx(10 * len(steps) / sum(steps))
         assert record["tokens"] == 10 * record["step"]
+
+
+def test_statistics_are_written_when_there_are_some(tmp_path: Path) -> None:
+    config = config_of(tmp_path, every=10, statistics_every=4)
+    reporter = reporter_of(config)
+    for step in range(1, STEPS + 1):
+        due = step % 4 == 0
+        assert reporter.is_due(step) or not due
+        values = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, float(step), 0.5, 0.25], dtype=torch.float64)
+        reporter.step(late(step, statistics=Statistics(("mlp", "norms"), values) if due else None))
+    reporter.close()
+    written = records(tmp_path)
+    assert [record["step"] for record in written if "statistics" in record] == list(range(4, STEPS + 1, 4))
+    assert written[1]["statistics"] == {
+        "parameter_norm": {"mlp": 1.0, "norms": 2.0},
+        "gradient_norm": {"mlp": 3.0, "norms": 4.0},
+        "update_norm": {"mlp": 5.0, "norms": 4.0},
+        "clipped_fraction": 0.5,
+        "zero_fraction": 0.25,
+    }
+    assert shown_steps(tmp_path) == [1, *range(10, STEPS + 1, 10)]
 
 
 def test_skips_between_records_are_not_lost(tmp_path: Path) -> None:
