@@ -104,7 +104,7 @@ def share_of(rank: int, layout: Layout, dtype: torch.dtype = torch.float64, log:
 
 
 def lr_scale(spec: ParamSpec) -> float:
-    return 0.5 if spec.name.startswith("embedding") else 1.0
+    return 0.5 if spec.name.startswith(("embedding", "layers.0.mlp")) else 1.0
 
 
 def grads_of(share: Share, step: int) -> list[Tensor]:
