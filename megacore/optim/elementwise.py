@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megacore.config.optimizers import kept
-from megacore.optim.moments import make_moment
+from megacore.optim.moments import Plain, make_moment
 from megacore.optim.rule import Rule, Share
 
 CHUNKS = (("cpu", 1 << 16), ("cuda", 1 << 24))
@@ -29,6 +29,8 @@ class ElementWise(Rule):
             name: make_moment(share, name, self.clock, signed=kind != "square")
             for name, kind in kept(self.kinds, settings).items()
         }
+        # weights that are bf16 themselves are rounded as moments are
+        self.weights = Plain(share, "weight", self.clock, share.dtype, share.weights)
         self.chunk = dict(CHUNKS)[share.device.type]
         # 16-bit weights are updated in float32
         self.dtype = torch.promote_types(share.dtype, torch.float32)
@@ -51,9 +53,8 @@ class ElementWise(Rule):
         for run, (weights, grad) in enumerate(zip(share.weights, grads)):
             for start in range(0, weights.numel(), self.chunk):
                 part = slice(start, min(start + self.chunk, weights.numel()))
-                weight = weights[part]
                 new_weight, *new = self.step(
-                    weight.to(self.dtype),
+                    self.weights.read(run, part, self.dtype),
                     grad[part].to(self.dtype),
                     [moment.read(run, part, self.dtype) for moment in self.moments.values()],
                     lr * share.lr_scale[run],
@@ -61,7 +62,7 @@ class ElementWise(Rule):
                 )
                 for moment, value in zip(self.moments.values(), new, strict=True):
                     moment.write(run, part, value, really)
-                torch.where(really, new_weight.to(weight.dtype), weight, out=weight)
+                self.weights.write(run, part, new_weight, really)
 
     def state(self) -> Mapping[str, Sequence[Tensor]]:
         """The moments by name; one in 8 bits has its scales beside it."""

@@ -31,13 +31,11 @@ class Moment(ABC):
 
 
 class Plain(Moment):
-    """In a floating-point format; ``clock`` keys the rounding to bf16 where that is by chance."""
+    """In floating point: ``data`` (1-D, one per run) in ``dtype``. ``clock`` keys the rounding to bf16 by chance."""
 
-    def __init__(self, share: Share, name: str, clock: Tensor) -> None:
-        self.dtype = dict(DTYPES)[share.format.kind] or share.dtype
-        self.data = share.zeros(self.dtype)
-        self.share, self.clock = share, clock
-        self.by_chance = share.format.stochastic
+    def __init__(self, share: Share, name: str, clock: Tensor, dtype: torch.dtype, data: Sequence[Tensor]) -> None:
+        self.share, self.clock, self.dtype, self.data = share, clock, dtype, data
+        self.by_chance = share.format.stochastic and dtype == torch.bfloat16
         if self.by_chance:
             self.index = [GlobalIndex(spec, share.tp, share.device) for spec in share.specs]
             self.keys = [counter.key_of("rounding", share.format.seed, name, spec.name) for spec in share.specs]
@@ -91,7 +89,8 @@ def make_moment(share: Share, name: str, clock: Tensor, signed: bool = True) -> 
     """A moment of zeros in the share's format; ``signed`` is whether it can be negative."""
     if share.format.kind == "int8":
         return Blocks(share, signed)
-    return Plain(share, name, clock)
+    dtype = dict(DTYPES)[share.format.kind] or share.dtype
+    return Plain(share, name, clock, dtype, share.zeros(dtype))
 
 
 def _blocks(part: slice) -> slice:

@@ -164,6 +164,22 @@ def test_rounding_by_chance_is_right_on_average(dtype: torch.dtype) -> None:
     assert ((found - share).abs() < 4 * (share * (1 - share) / 4000).sqrt() + 1e-9).all()
 
 
+@pytest.mark.parametrize("state", [BF16, BY_CHANCE])
+def test_weights_in_bf16_follow_small_steps_by_chance_alone(state: StateFormat) -> None:
+    """Steps of an eighth of the distance between bf16 numbers round to nothing, but add up if it is by chance."""
+    share = make_share(whole(), torch.bfloat16, state, scales={}, decay=0.0)
+    for weight in share.weights:
+        weight.fill_(1.5)
+    rule = rule_of("sgd", share)
+    for _ in range(64):
+        rule.update([torch.ones_like(weight) for weight in share.weights], 2.0**-10, TAKEN)
+    moved = torch.cat(share.weights).float() - 1.5
+    if state.stochastic:
+        assert moved.mean().item() == pytest.approx(-64 * 2.0**-10, rel=0.1)
+    else:
+        assert not moved.any()
+
+
 def test_rounding_depends_on_seed_name_element_and_step() -> None:
     values = torch.full((1000,), 1.0 + 2**-9)
     index, step = torch.arange(1000), torch.tensor(1.0)
