@@ -82,8 +82,9 @@ class Watch:
         gradients.index_add_(0, self.part_of_param, clipped.norms.square())
         changed, self.changed = total[2 * num + 2 :] > 0, []
         fractions = torch.stack((changed.to(torch.float64).mean(), total[2 * num] / total[2 * num + 1]))
-        parameters, updates = total[: 2 * num].sqrt().split(num)
-        return Statistics(self.parts, torch.cat((parameters, gradients.sqrt(), updates, fractions)))
+        parameters, updates = total[:num], total[num : 2 * num]
+        norms = torch.cat((parameters, gradients, updates)).sqrt()
+        return Statistics(self.parts, torch.cat((norms, fractions)))
 
     def _squares(self, tensors: Sequence[Tensor]) -> Tensor:
         """[num_parts], of what counts here."""
