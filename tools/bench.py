@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megacore.bench.bubble import Bubble
     from megacore.bench.harness import AnyCase, Comparison
+    from megacore.bench.optim import Measured
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="megacore bench", description=__doc__.partition(": ")[2])
     parser.set_defaults(report="megacore.bench.report", found="comparisons")
-    groups = parser.add_subparsers(dest="benchmark", required=True, metavar="{data,train,pipeline,bubble}")
+    groups = parser.add_subparsers(dest="benchmark", required=True, metavar="{data,train,pipeline,bubble,optim}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print JSON instead of a table")
     common.add_argument("--output", metavar="FOLDER", help="also write JSON and CSV there")
@@ -77,6 +78,11 @@ def parser() -> argparse.ArgumentParser:
         help="of a stage's forward, input gradient and weight gradient (default 100 100 100)",
     )
     bubble.set_defaults(measure=measure_bubble, report="megacore.bench.bubble_report", found="bubbles")
+    optim = groups.add_parser(
+        "optim", parents=[common, cases, keys], help="a step of every optimizer against torch's AdamW and a plain copy"
+    )
+    optim.add_argument("--rounds", type=int, default=15, help="timed steps of each side (default 15)")
+    optim.set_defaults(measure=measure_optim, report="megacore.bench.optim_report", found="cases")
     return parser
 
 
@@ -135,6 +141,15 @@ def measure_bubble(arguments: argparse.Namespace) -> list["Bubble"]:
         with ranks("megacore.bench.bubble:measure", case.pp, *told) as result:
             bubbles.append(collect(case, seconds, number, result))
     return bubbles
+
+
+def measure_optim(arguments: argparse.Namespace) -> list["Measured"]:
+    """Steps of optimizers, in this process: each case with moments in another format."""
+    from megacore.bench.optim import CASES, measure
+    from megacore.bench.train import configure
+
+    config = configure(arguments.overrides)
+    return [measure(case, config, arguments.rounds) for case in chosen(arguments.case, CASES)]
 
 
 def chosen(names: Sequence[str] | None, cases: Sequence["AnyCase"]) -> Sequence["AnyCase"]:
