@@ -24,6 +24,7 @@ from megacore.launch.worker import call
 from megacore.layout.layout import Layout
 from megacore.mesh.rank_info import RankInfo
 from megacore.spec import ModelSpec
+from megacore.spec.settings import settings_of
 
 TARGET = "megacore.train.loop:train"
 
@@ -116,6 +117,7 @@ def complete(config: RunConfig, world_size: int) -> RunConfig:
     config = fill_in(config)
     check(config, world_size)  # the vocabulary is known now
     config = resolve(config, world_size)
+    settings_of(ModelSpec.of(config.model).params, config.optim)  # patterns that match nothing are told now
     if is_own_schedule(config.parallel):
         plan_schedule(config, num_microbatches(config))
     return config

@@ -159,3 +159,14 @@ def test_what_the_data_lacks_is_told_before_anything_starts(
     ):
         assert words_told in told
     assert not (tmp_path / "run").exists()
+
+
+def test_patterns_without_parameters_are_told_before_anything_starts(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megacore.config.supported.WORKS", {})
+    freeze = 'optim.freeze=["layers.*.attention.qvk.weight"]'
+    assert run("megacore.launch.train", words(data, tmp_path, "--dry-run", freeze)) == 2
+    told = capsys.readouterr().err
+    assert "optim.freeze holds" in told
+    assert "did you mean layers.*.attention.qkv.weight?" in told
