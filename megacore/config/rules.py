@@ -169,6 +169,14 @@ def _clipping(config: RunConfig, world_size: int | None) -> Iterator[str]:
         )
 
 
+def _offload(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    o = config.optim
+    if o.offload == "cpu" and config.train.device == "cpu":
+        yield "optim.offload=cpu: with train.device=cpu all state is in host memory already; use none or nvme"
+    if o.offload_folder and o.offload != "nvme":
+        yield f'optim.offload_folder="{o.offload_folder}" is for optim.offload=nvme, not {o.offload}; leave it out'
+
+
 def _param_groups(config: RunConfig, world_size: int | None) -> Iterator[str]:
     yield from param_group_problems(config.optim.groups)
 
@@ -253,6 +261,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_schedule, ("parallel.chunks", "parallel.schedule", "train.batch_ramp")),
     (_batch, ("parallel", "train")),
     (_optim, ("optim", "train.steps")),
+    (_offload, ("optim.offload", "optim.offload_folder", "train.device")),
     (_clipping, ("optim.clip", "optim.clip_grad")),
     (_param_groups, ("optim.groups",)),
     (_loss_scale, ("precision",)),

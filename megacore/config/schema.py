@@ -151,6 +151,13 @@ class OptimConfig:
         "how moments become bf16; stochastic: up or down by chance, right on average",
         ("nearest", "stochastic"),
     )
+    offload: str = key(
+        "none",
+        "where the optimizer keeps its state; none: beside the weights; cpu: in host memory, where it also updates, of "
+        "weights trained on a GPU; nvme: in files, read ahead and written behind",
+        ("none", "cpu", "nvme"),
+    )
+    offload_folder: str = key("", "nvme: folder on a quick disk; empty: offload, in the run's folder")
     clip: str = key(
         "norm",
         "how large gradients are bounded: by the global norm, element by element (value), or each parameter's norm by "

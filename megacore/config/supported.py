@@ -22,6 +22,7 @@ WORKS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "optim.name": ("adamw", "sgd"),
         "optim.state_dtype": ("auto",),
         "optim.state_rounding": ("nearest",),
+        "optim.offload": ("none",),
         "optim.clip": ("norm",),
         "optim.groups": ((),),
         "optim.freeze": ((),),

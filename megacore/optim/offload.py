@@ -9,12 +9,16 @@ the host ahead of a bucket's update and new weights leave behind it, both while 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from megacore.config.schema import OptimConfig
 from megacore.optim.rule import Rule, Share
+from megacore.optim.rules import make_rule
+from megacore.sharding import mapped
 
 
 class Memory(Protocol):
@@ -114,6 +118,36 @@ class Offloaded(Rule):
         """All buckets' state; with files behind it, reading it brings it into memory."""
         states = [rule.state() for rule in self.rules]
         return {name: [tensor for state in states for tensor in state[name]] for name in states[0]} if states else {}
+
+
+def place_rule(
+    optim: OptimConfig,
+    share: Share,
+    settings: Mapping[str, float],
+    buckets: Sequence[Collection[str]],
+    folder: Path,
+    transfer: "Transfer | None" = None,
+) -> Rule:
+    """The optimizer of a run, its state where ``optim.offload`` says.
+
+    Under cpu and nvme ``share`` must have its weights in host memory, and ``transfer`` says on which GPU they are
+    trained, if on one; ``folder`` is used unless ``optim.offload_folder`` names another. See ``Offloaded`` for buckets.
+    Raises ValueError where this machine cannot do it.
+    """
+
+    def make(part: Share, known: Mapping[str, float]) -> Rule:
+        return make_rule(optim.name, part, known)
+
+    if optim.offload == "none":
+        return make(share, settings)
+    if optim.offload == "nvme":
+        if reason := mapped.unavailable():
+            raise ValueError(f"optim.offload=nvme: {reason}; use none{' or cpu' if transfer else ''}")
+        memory = mapped.MappedMemory(Path(optim.offload_folder) if optim.offload_folder else folder, len(buckets))
+        return Offloaded(share, settings, make, buckets, memory, transfer)
+    if transfer is None:
+        raise ValueError("optim.offload=cpu: the run is on the CPU, where all state is already; use none or nvme")
+    return Offloaded(share, settings, make, buckets, HostMemory(), transfer)
 
 
 class Transfer:

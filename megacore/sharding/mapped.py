@@ -21,6 +21,13 @@ AHEAD = 2
 """Buckets whose write-back may be under way when another is begun: more are waited for, so that memory is bounded."""
 
 
+def unavailable() -> str:
+    """Why this system cannot do it, or ''."""
+    wanted = ((mmap, "MADV_WILLNEED"), (mmap, "MADV_DONTNEED"), (os, "posix_fallocate"), (os, "posix_fadvise"))
+    missing = [name for module, name in wanted if not hasattr(module, name)]
+    return f"this system has no {', '.join(missing)}" if missing else ""
+
+
 class MappedMemory:
     """Zeros in files of ``folder``, bucket by bucket. Raises ValueError where the folder cannot hold them."""
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megacore.config.optimizers import optimizer_names
+from megacore.config.optimizers import defaults, optimizer_names
+from megacore.config.schema import OptimConfig
 from megacore.optim.formats import StateFormat
-from megacore.optim.offload import HostMemory, Memory, Offloaded, Transfer
+from megacore.optim.offload import HostMemory, Memory, Offloaded, Transfer, place_rule
 from megacore.optim.rule import Rule, Share
 from megacore.optim.rules import make_rule
 from megacore.sharding.mapped import MappedMemory
@@ -146,6 +147,28 @@ def test_state_can_be_put_back(tmp_path: Path) -> None:
     run_steps(old, range(4, 6))
     run_steps(new, range(4, 6))
     assert_same(new, old)
+
+
+def test_a_run_says_where_state_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    share = make_share(whole(), torch.float32)
+    transfer = Transfer(share.weights, [weight.clone() for weight in share.weights], CPU)
+
+    def placed(offload: str, to: Transfer | None = None, folder: str = "") -> Rule:
+        optim = OptimConfig(name="lion", offload=offload, offload_folder=folder)
+        return place_rule(optim, share, defaults("lion"), BUCKETS, tmp_path / "run", to)
+
+    assert not isinstance(placed("none"), Offloaded)
+    in_files, on_host = placed("nvme"), placed("cpu", transfer)
+    assert isinstance(in_files, Offloaded) and isinstance(in_files.memory, MappedMemory)
+    assert in_files.memory.folder == tmp_path / "run"
+    assert isinstance(on_host, Offloaded) and isinstance(on_host.memory, HostMemory) and on_host.transfer is transfer
+    elsewhere = placed("nvme", folder=str(tmp_path / "other"))
+    assert isinstance(elsewhere, Offloaded) and (tmp_path / "other").is_dir()
+    with pytest.raises(ValueError, match="optim.offload=cpu: the run is on the CPU.*use none or nvme"):
+        placed("cpu")
+    monkeypatch.delattr(os, "posix_fadvise")
+    with pytest.raises(ValueError, match="optim.offload=nvme: this system has no posix_fadvise; use none$"):
+        placed("nvme")
 
 
 def test_a_folder_that_cannot_hold_the_state_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
