@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from megacore.optim.moments import Plain
 from megacore.optim.rule import Share
 
 
@@ -14,14 +15,19 @@ def put(taken: Tensor, state: Tensor, value: Tensor) -> None:
     torch.where(taken, value.to(state.dtype), state, out=state)
 
 
-def descend(taken: Tensor, share: Share, run: int, step: Tensor, lr: float) -> None:
+def descend(taken: Tensor, share: Share, run: int, step: Tensor, lr: float, weights: Plain | None = None) -> None:
     """weights = (1 - lr * decay) * weights - lr * step, for one run, in the precision of ``step``.
 
-    The decay is decoupled from the gradient (Loshchilov and Hutter 2019) and ``lr`` is the run's own, by its scale.
+    The decay is decoupled from the gradient (Loshchilov and Hutter 2019) and ``lr`` is scaled as the run's is.
+    ``weights`` are the share's, if they may be rounded by chance.
     """
-    rate = lr * share.lr_scale[run]
-    weights = share.weights[run]
-    put(taken, weights, weights.to(step.dtype).mul(1 - rate * share.weight_decay[run]).sub_(step, alpha=rate))
+    part, rate, decay = whole(step), lr * share.lr_scale[run], share.weight_decay[run]
+    old = share.weights[run].to(step.dtype)
+    new = (old * (1 - rate * decay) if decay else old).sub(step, alpha=rate)
+    if weights is None:
+        put(taken, share.weights[run], new)
+    else:
+        weights.write(run, part, new, taken)
 
 
 def whole(tensor: Tensor) -> slice:

@@ -209,3 +209,19 @@ def test_adafactor_and_sm3_leave_alone_what_has_no_gradient() -> None:
         tokens = assembled([held], 1)["embedding.tokens.weight"]
         assert torch.equal(tokens[UNSEEN], whole_weight(BY_NAME["embedding.tokens.weight"])[UNSEEN])
         assert not torch.equal(tokens[UNSEEN + 1], whole_weight(BY_NAME["embedding.tokens.weight"])[UNSEEN + 1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_small_steps_of_bf16_weights_are_not_lost_where_rounding_is_by_chance(name: str) -> None:
+    """Rounded to nearest, steps far below a weight's last bit never show."""
+    moved = []
+    for stochastic in (False, True):
+        form = StateFormat(stochastic=stochastic)
+        share = replace(share_of(0, Layout(), torch.bfloat16), format=form, weight_decay=(0.0,) * len(SPECS))
+        rule = rule_of(name, share)
+        before = torch.cat(share.weights)
+        for step in range(1, 6):
+            rule.update(grads_of(share, step), 1e-4, TAKEN)
+        large = before.abs() > 0.5
+        moved.append((torch.cat(share.weights) != before)[large].any().item())
+    assert moved == [False, True]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from megacore.optim.factored import clipping, divide_by_root, scale
-from megacore.optim.matrices import Matrices
-from megacore.optim.rule import Rule, Share
-from megacore.optim.taking import descend, put
+from megacore.optim.matrixwise import MatrixWise
+from megacore.optim.rule import Share
+from megacore.optim.taking import put
 
 # Section 9, "Proposed hyperparameters for Adafactor"; weight decay is not part of the paper.
 DEFAULTS = MappingProxyType(
@@ -28,27 +28,26 @@ DEFAULTS = MappingProxyType(
 STATE = MappingProxyType({"rows": "row", "columns": "column"})
 
 
-class Adafactor(Rule):
+class Adafactor(MatrixWise):
     """Two passes over the ranks a step: sums of rows and columns, then the RMS of each update."""
 
     def __init__(self, share: Share, settings: Mapping[str, float]) -> None:
         super().__init__(share, settings)
-        self.matrices = Matrices(share)
-        self.moments = self.matrices.zeros(self.matrices.num_rows + self.matrices.num_columns)
+        self.moments = self.new_margins()
 
     @torch.no_grad()
     def update(self, grads: Sequence[Tensor], lr: float, taken: Tensor) -> None:
         """As ``Rule.update``."""
         self.clock += taken
         matrices, settings, go = self.matrices, self.settings, taken != 0
-        updates = [grad.to(matrices.dtype) for grad in grads]
-        weights = (weight.to(matrices.dtype) for weight in self.share.weights)
+        updates = [grad.to(self.dtype) for grad in grads]
+        weights = (weight.to(self.dtype) for weight in self.share.weights)
         squares, sizes = matrices.reduce(
             matrices.margins(update.square() for update in updates),
             matrices.sums(weight.square() for weight in weights),
         )
         squares += settings["eps"] * matrices.lengths
-        fresh = self.clock.to(matrices.dtype) ** -settings["decay_rate"]
+        fresh = self.clock.to(self.dtype) ** -settings["decay_rate"]
         put(go, self.moments, self.moments.lerp(squares, fresh))
         divide_by_root(matrices, updates, self.moments)
         factors = clipping(matrices, updates, settings["clip_threshold"])
@@ -56,9 +55,8 @@ class Adafactor(Rule):
             factors *= (sizes / matrices.numels).sqrt_().clamp_(min=settings["eps_scale"])
         scale(matrices, updates, factors)
         for run, update in enumerate(updates):
-            descend(go, self.share, run, update, lr)
+            self.descend(run, update, lr, go)
 
     def state(self) -> Mapping[str, Sequence[Tensor]]:
         """As ``Rule.state``."""
-        matrices, moments = self.matrices, self.moments
-        return {"rows": matrices.rows_by_matrix(moments), "columns": matrices.columns_by_matrix(moments)}
+        return self.margins_state(self.moments)

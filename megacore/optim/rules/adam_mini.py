@@ -11,10 +11,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from megacore.optim.matrices import Matrices
+from megacore.optim.matrixwise import MatrixWise
 from megacore.optim.moments import make_moment
-from megacore.optim.rule import Rule, Share
-from megacore.optim.taking import descend, put, whole
+from megacore.optim.rule import Share
+from megacore.optim.taking import put
 from megacore.spec.matrices import Matrix
 
 # Those of the AdamW that it replaces, as the paper advises; here of its Llama pre-training.
@@ -30,12 +30,11 @@ def rows_of_block(matrix: Matrix) -> int:
     return matrix.unit if is_query_or_key else 1
 
 
-class AdamMini(Rule):
+class AdamMini(MatrixWise):
     """One pass over the ranks a step: sums of rows."""
 
     def __init__(self, share: Share, settings: Mapping[str, float]) -> None:
         super().__init__(share, settings)
-        self.matrices = Matrices(share)
         self.first = make_moment(share, "first", self.clock)
         self.second = self.matrices.zeros(self.matrices.num_rows)
 
@@ -44,20 +43,18 @@ class AdamMini(Rule):
         """As ``Rule.update``."""
         self.clock += taken
         matrices, go = self.matrices, taken != 0
-        grads = [grad.to(matrices.dtype) for grad in grads]
+        grads = [grad.to(self.dtype) for grad in grads]
         beta1, beta2 = self.settings["beta1"], self.settings["beta2"]
         put(go, self.second, self.second.lerp(self._means_of_squares(grads), 1 - beta2))
         # In float64: next to 1, float32 would lose half the digits of the first steps' corrections.
         time = self.clock.double()
-        correct1, correct2 = ((1 - beta**time).to(matrices.dtype) for beta in (beta1, beta2))
+        correct1, correct2 = ((1 - beta**time).to(self.dtype) for beta in (beta1, beta2))
         divisors = (self.second / correct2).sqrt_().add_(self.settings["eps"])
         for run, grad in enumerate(grads):
-            first = self.first.read(run, whole(grad), matrices.dtype).lerp(grad, 1 - beta1)
-            self.first.write(run, whole(grad), first, go)
-            step = first / correct1
+            step = self.average(self.first, run, grad, beta1, go) / correct1
             for rectangle, view in matrices.views(run, step):
                 view.div_(divisors[matrices.rows(rectangle)].unsqueeze(1))
-            descend(go, self.share, run, step, lr)
+            self.descend(run, step, lr, go)
 
     def _means_of_squares(self, grads: Sequence[Tensor]) -> Tensor:
         """The mean of the squared gradients of each row's block: [num_rows]."""
@@ -71,5 +68,4 @@ class AdamMini(Rule):
 
     def state(self) -> Mapping[str, Sequence[Tensor]]:
         """As ``Rule.state``."""
-        first = {f"first{part}": tensors for part, tensors in self.first.tensors().items()}
-        return {**first, "second": self.matrices.rows_by_matrix(self.second)}
+        return {**self.moment_state("first", self.first), "second": self.matrices.rows_by_matrix(self.second)}

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from megacore.optim.factored import clipping, divide_by_root, scale
-from megacore.optim.matrices import Matrices
+from megacore.optim.matrixwise import MatrixWise
 from megacore.optim.moments import make_moment
-from megacore.optim.rule import Rule, Share
-from megacore.optim.taking import descend, put, whole
+from megacore.optim.rule import Share
+from megacore.optim.taking import put, whole
 
 # Section 4 (experiment setup); weight decay as the authors' implementation suggests.
 DEFAULTS = MappingProxyType(
@@ -33,48 +33,43 @@ STATE = MappingProxyType(
 )
 
 
-class Came(Rule):
+class Came(MatrixWise):
     """Three passes over the ranks a step: Adafactor's two, and sums of rows and columns of the deviations."""
 
     def __init__(self, share: Share, settings: Mapping[str, float]) -> None:
         super().__init__(share, settings)
-        self.matrices = Matrices(share)
         self.first = make_moment(share, "first", self.clock)
-        self.moments = self.matrices.zeros(self.matrices.num_rows + self.matrices.num_columns)
-        self.deviations = torch.zeros_like(self.moments)
+        self.moments = self.new_margins()
+        self.deviations = self.new_margins()
 
     @torch.no_grad()
     def update(self, grads: Sequence[Tensor], lr: float, taken: Tensor) -> None:
         """As ``Rule.update``."""
         self.clock += taken
         matrices, settings, go = self.matrices, self.settings, taken != 0
-        updates = [grad.to(matrices.dtype) for grad in grads]
-        self._average(go, self.moments, updates, "beta2", "eps")
+        updates = [grad.to(self.dtype) for grad in grads]
+        self._average_squares(self.moments, updates, "beta2", "eps", go)
         divide_by_root(matrices, updates, self.moments)
         scale(matrices, updates, clipping(matrices, updates, settings["clip_threshold"]))
         for run, update in enumerate(updates):
-            first = self.first.read(run, whole(update), matrices.dtype)
-            self.first.write(run, whole(update), first.lerp(update, 1 - settings["beta1"]), go)
-            update.sub_(self.first.read(run, whole(update), matrices.dtype))
-        self._average(go, self.deviations, updates, "beta3", "eps_deviation")
+            update.sub_(self.average(self.first, run, update, settings["beta1"], go))
+        self._average_squares(self.deviations, updates, "beta3", "eps_deviation", go)
         for run, update in enumerate(updates):
-            update.copy_(self.first.read(run, whole(update), matrices.dtype))
+            update.copy_(self.first.read(run, whole(update), self.dtype))
         divide_by_root(matrices, updates, self.deviations, vectors=False)
         for run, update in enumerate(updates):
-            descend(go, self.share, run, update, lr)
+            self.descend(run, update, lr, go)
 
-    def _average(self, go: Tensor, average: Tensor, tensors: Sequence[Tensor], beta: str, eps: str) -> None:
+    def _average_squares(self, average: Tensor, tensors: Sequence[Tensor], beta: str, eps: str, taken: Tensor) -> None:
         """Take the sums of rows and columns of the squares, and eps for each, into their moving average."""
         (sums,) = self.matrices.reduce(self.matrices.margins(tensor.square() for tensor in tensors))
         sums += self.settings[eps] * self.matrices.lengths
-        put(go, average, average.lerp(sums, 1 - self.settings[beta]))
+        put(taken, average, average.lerp(sums, 1 - self.settings[beta]))
 
     def state(self) -> Mapping[str, Sequence[Tensor]]:
         """As ``Rule.state``."""
         return {
-            **{f"first{part}": tensors for part, tensors in self.first.tensors().items()},
-            "rows": self.matrices.rows_by_matrix(self.moments),
-            "columns": self.matrices.columns_by_matrix(self.moments),
-            "deviation_rows": self.matrices.rows_by_matrix(self.deviations),
-            "deviation_columns": self.matrices.columns_by_matrix(self.deviations),
+            **self.moment_state("first", self.first),
+            **self.margins_state(self.moments),
+            **self.margins_state(self.deviations, "deviation_"),
         }

@@ -10,42 +10,39 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from megacore.optim.matrices import Matrices
+from megacore.optim.matrixwise import MatrixWise
 from megacore.optim.moments import make_moment
-from megacore.optim.rule import Rule, Share
-from megacore.optim.taking import descend, put, whole
+from megacore.optim.rule import Share
+from megacore.optim.taking import put
 
 # Momentum as in section 5 (experiments); weight decay is not part of the paper.
 DEFAULTS = MappingProxyType({"momentum": 0.9, "weight_decay": 0.0})
 STATE = MappingProxyType({"first": "moment if momentum", "rows": "row", "columns": "column"})
 
 
-class Sm3(Rule):
+class Sm3(MatrixWise):
     """One pass over the ranks a step: the maxima of rows and columns."""
 
     def __init__(self, share: Share, settings: Mapping[str, float]) -> None:
         super().__init__(share, settings)
-        self.matrices = Matrices(share)
         self.first = make_moment(share, "first", self.clock) if settings["momentum"] else None
-        self.bounds = self.matrices.zeros(self.matrices.num_rows + self.matrices.num_columns)
+        self.bounds = self.new_margins()
 
     @torch.no_grad()
     def update(self, grads: Sequence[Tensor], lr: float, taken: Tensor) -> None:
         """As ``Rule.update``."""
         self.clock += taken
         matrices, go = self.matrices, taken != 0
-        grads = [grad.to(matrices.dtype) for grad in grads]
+        grads = [grad.to(self.dtype) for grad in grads]
         # The sums are formed twice, run by run, rather than kept: they are as large as the weights.
         sums = (self._sums(run, grad) for run, grad in enumerate(grads))
         (bounds,) = matrices.reduce(matrices.margins(sums, "max"), op="max")
         for run, grad in enumerate(grads):
-            old = self._sums(run, grad)
-            step = old.rsqrt().mul_(grad).masked_fill_(old == 0, 0)  # the paper's 0 / 0 = 0
+            # the paper's 0 / 0 = 0
+            step = self._sums(run, grad).clamp_(min=torch.finfo(grad.dtype).tiny).rsqrt_().mul_(grad)
             if self.first is not None:
-                first = self.first.read(run, whole(step), matrices.dtype)
-                step = first.lerp(step, 1 - self.settings["momentum"])
-                self.first.write(run, whole(step), step, go)
-            descend(go, self.share, run, step, lr)
+                step = self.average(self.first, run, step, self.settings["momentum"], go)
+            self.descend(run, step, lr, go)
         put(go, self.bounds, bounds)
 
     def _sums(self, run: int, grad: Tensor) -> Tensor:
@@ -58,9 +55,5 @@ class Sm3(Rule):
 
     def state(self) -> Mapping[str, Sequence[Tensor]]:
         """As ``Rule.state``."""
-        first = {} if self.first is None else self.first.tensors()
-        return {
-            **{f"first{part}": tensors for part, tensors in first.items()},
-            "rows": self.matrices.rows_by_matrix(self.bounds),
-            "columns": self.matrices.columns_by_matrix(self.bounds),
-        }
+        first = {} if self.first is None else self.moment_state("first", self.first)
+        return {**first, **self.margins_state(self.bounds)}
