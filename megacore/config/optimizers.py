@@ -10,7 +10,7 @@ so that a run with it can be checked, explained and priced where torch is not in
 Kinds of state: a ``moment`` has one number per element, in the format ``optim.state_dtype``; a ``square`` is a moment
 that is never negative; an ``element`` has one per element in the format of the updated weights; a ``row`` and a
 ``column`` have one per row or column of every logical matrix (a vector is one column). KIND if SETTING means only where
-that hyper-parameter is not 0.
+that hyper-parameter is not 0; "KIND of hidden matrices" and "KIND of the rest" mean only for those parameters.
 """
 
 import ast
@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import Any
 
 RULES = Path(__file__).parents[1] / "optim" / "rules"
+_HOLDERS = ("hidden matrices", "the rest")
 
 
 @cache
@@ -39,10 +40,21 @@ def state(name: str) -> Mapping[str, str]:
     return _literal(name, "STATE")
 
 
-def kept(state: Mapping[str, str], settings: Mapping[str, float]) -> Mapping[str, str]:
-    """What an optimizer does keep, by name: the kinds of those whose condition holds."""
-    parts = {name: kind.partition(" if ") for name, kind in state.items()}
-    return {name: kind for name, (kind, _, setting) in parts.items() if not setting or settings[setting]}
+def kept(
+    state: Mapping[str, str], settings: Mapping[str, float], is_hidden_matrix: bool | None = None
+) -> Mapping[str, str]:
+    """What an optimizer does keep, by name: the kinds of those whose condition holds.
+
+    For all parameters together, or for one that is a hidden layer's matrix or is not.
+    """
+    holders = {None: _HOLDERS, True: _HOLDERS[:1], False: _HOLDERS[1:]}[is_hidden_matrix]
+    found = {}
+    for name, text in state.items():
+        rest, _, setting = text.partition(" if ")
+        kind, _, holder = rest.partition(" of ")
+        if (not setting or settings[setting]) and (not holder or holder in holders):
+            found[name] = kind
+    return found
 
 
 @cache

@@ -72,6 +72,14 @@ def matrices_of(spec: ParamSpec) -> tuple[Matrix, ...]:
     )
 
 
+def is_hidden_matrix(spec: ParamSpec) -> bool:
+    """Whether it maps hidden activations to hidden activations: a matrix of a block, fused or not.
+
+    Embeddings and the output matrix do not: tokens are on their other side.
+    """
+    return spec.is_matmul and len(spec.shape) == 2 and not spec.name.startswith("head.")
+
+
 def rectangles_of(spec: ParamSpec, run: Run, index: int, num: int) -> tuple[Rectangle, ...]:
     """What a run of member ``index`` of ``num`` on tp consists of; every element is in exactly one rectangle."""
     return tuple(_rectangles(spec, run, index, num))

@@ -13,6 +13,7 @@ from megacore.config.optimizers import kept, state
 from megacore.config.schema import OptimConfig
 from megacore.config.settings import settings
 from megacore.layout.buffer import ALIGNMENT
+from megacore.spec.matrices import is_hidden_matrix
 from megacore.spec.params import ParamSpec
 
 ITEM_BYTES = MappingProxyType({"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2})
@@ -49,7 +50,7 @@ def optimizer_bytes(optim: OptimConfig, dtype: str, param: ParamSpec, numel: int
 
     Statistics of rows and columns are whole on every rank that holds some of the parameter, and never in 16 bits.
     """
-    kinds = kept(state(optim.name), settings(optim)).values()
+    kinds = kept(state(optim.name), settings(optim), is_hidden_matrix(param)).values()
     return sum(_kind_bytes(kind, optim.state_dtype, dtype, param, numel) for kind in kinds)
 
 
