@@ -221,7 +221,7 @@ def test_small_steps_of_bf16_weights_are_not_lost_where_rounding_is_by_chance(na
         rule = rule_of(name, share)
         before = torch.cat(share.weights)
         for step in range(1, 6):
-            rule.update(grads_of(share, step), 1e-4, TAKEN)
+            rule.update(grads_of(share, step), 1e-5 if name == "came" else 1e-4, TAKEN)  # whose first steps are long
         large = before.abs() > 0.5
         moved.append((torch.cat(share.weights) != before)[large].any().item())
     assert moved == [False, True]
