@@ -11,6 +11,7 @@ from megacore.model.attention import Attention
 from megacore.model.inputs import Shared
 from megacore.model.mlp import MLP
 from megacore.model.norm import make_norm
+from megacore.model.offload import offloaded
 from megacore.model.recompute import Save, recomputed
 from megacore.parallel.dropout import dropout
 from megacore.parallel.parameters import ParameterMaker
@@ -34,13 +35,16 @@ class Block(nn.Module):
         self.attention = Attention(model, make.below("attention"), tp, kernels, seed, recompute == "selective")
         self.mlp_norm = make_norm(model, make.below("mlp_norm"), kernels)
         self.mlp = MLP(model, make.below("mlp"), tp, kernels)
-        self.dropout, self.recompute = model.dropout, recompute == "full"
+        self.dropout, self.recompute, self.offload = model.dropout, recompute == "full", recompute == "offload"
         self.attention_key = counter.key_of("dropout", seed, make.prefix, "attention output")
         self.mlp_key = counter.key_of("dropout", seed, make.prefix, "mlp output")
 
     def forward(self, x_th: Tensor, shared: Shared) -> Tensor:
         if self.recompute:
             return recomputed(partial(self.compute, shared=shared), partial(self.again, shared=shared), x_th)
+        if self.offload:
+            common = (tensor for tensor in (shared.cos, shared.sin, shared.mask) if tensor is not None)
+            return offloaded(partial(self.compute, x_th, shared), (*self.parameters(), *common), shared.kept)
         return self.compute(x_th, shared)
 
     def compute(self, x_th: Tensor, shared: Shared) -> Tensor:

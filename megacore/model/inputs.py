@@ -1,11 +1,12 @@
 """What a stage computes on: one microbatch, and what all its blocks share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from megacore.data.documents import IGNORE
+from megacore.model.offload import Kept
 
 
 @dataclass(frozen=True)
@@ -59,3 +60,5 @@ class Shared:
     row_t: Tensor
     training: bool
     dtype: torch.dtype
+    kept: list[Kept] = field(default_factory=list)
+    """What the last block has offloaded (``model.offload``)."""

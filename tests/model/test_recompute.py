@@ -18,7 +18,7 @@ from tests.model.stages import LENGTH, TINY, allocated, microbatch, stage_of
 from tests.parallel.ranks import surroundings
 from tests.pool import WorkerPool
 
-AGAIN = ("selective", "full")
+AGAIN = ("selective", "full", "offload")
 DROPPING = replace(TINY, dropout=0.1, attention_dropout=0.1)
 MODELS = {
     "llama": TINY,
