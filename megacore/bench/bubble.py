@@ -25,7 +25,7 @@ from megacore.mesh.mesh import ParallelMesh
 from megacore.mesh.rank_info import RankInfo
 from megacore.model.inputs import Inputs
 from megacore.parallel.wgrad import WeightGradients
-from megacore.pipeline.engine import Actions, PipelineEngine
+from megacore.pipeline.engine import Actions, PipelineEngine, nothing
 from megacore.schedule.check import check
 from megacore.schedule.generators.generate import forward_only, generate
 from megacore.schedule.lower import lower
@@ -141,8 +141,8 @@ def sleeping_engine(schedule: Schedule, seconds: Seconds, mesh: ParallelMesh) ->
         for number, home in enumerate(schedule.home)
         if home == mesh.pp.rank
     }
-    nothing = Actions(reduce=lambda stage: None, tied=lambda stage, peer: None, optimize=lambda sums: None)
-    return PipelineEngine(stages, schedule.num_stages, mesh.pp, wgrad, mesh.device, nothing)
+    actions = Actions(reduce=nothing, tied=nothing, optimize=nothing)
+    return PipelineEngine(stages, schedule.num_stages, mesh.pp, wgrad, mesh.device, actions)
 
 
 def run_once(engine: PipelineEngine, schedule: Schedule, mesh: ParallelMesh) -> Timeline:

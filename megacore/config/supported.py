@@ -18,15 +18,7 @@ WORKS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "model.top_k": (0,),
         "parallel.cp": (1,),
         "parallel.ep": (1,),
-        "parallel.zero": (0,),
-        "optim.name": ("adamw", "sgd"),
-        "optim.state_dtype": ("auto",),
-        "optim.state_rounding": ("nearest",),
         "optim.offload": ("none",),
-        "optim.clip": ("norm",),
-        "optim.groups": ((),),
-        "optim.freeze": ((),),
-        "log.statistics_every": (0,),
         "precision.dtype": ("fp32", "fp64"),
         "precision.fp8": ("off",),
         "precision.loss_scale": ("off",),
@@ -45,7 +37,5 @@ def unsupported(config: RunConfig) -> Iterator[str]:
         if flat[key] not in values:
             yield f"{key}={show(flat[key])} is not supported yet; what works today: {' or '.join(map(show, values))}"
     parallel = config.parallel
-    if parallel.dp_shard not in (0, parallel.dp):
-        yield f"parallel.dp_shard={parallel.dp_shard} is not supported yet; leave it out"
     if parallel.etp not in (0, parallel.tp):
         yield f"parallel.etp={parallel.etp} is not supported yet; leave it out"

@@ -1,8 +1,10 @@
 """Where each parameter lies in a flat buffer: pure slot arithmetic, no storage."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 ALIGNMENT = 64
 """Elements: slots start at multiples of it, so that views are aligned for vector units and reductions."""
@@ -18,6 +20,10 @@ class Slot:
     shape: tuple[int, ...]
     offset: int
     numel: int
+
+    def of(self, buffer: Any, begin: int = 0) -> Any:
+        """The parameter's view of a flat tensor that holds the layout from element ``begin`` on."""
+        return buffer[self.offset - begin : self.offset - begin + self.numel].reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -37,9 +43,12 @@ class BufferLayout:
         return cls.in_buckets([shapes])
 
     @classmethod
-    def in_buckets(cls, groups: Iterable[Shapes], num_shards: int = 1) -> "BufferLayout":
+    def in_buckets(
+        cls, groups: Iterable[Shapes], num_shards: int = 1, room: Mapping[str, int] = MappingProxyType({})
+    ) -> "BufferLayout":
         """A bucket for each group of (name, local shape) pairs, padded so that its ``num_shards`` equal pieces are
-        aligned, too. Groups without elements have none."""
+        aligned, too. Groups without elements have none. ``room`` keeps more elements for a parameter than it has: so
+        that ranks that hold different numbers of its rows have everything else at the same places."""
         slots: list[Slot] = []
         buckets: list[tuple[int, int]] = []
         begin = 0
@@ -48,7 +57,7 @@ class BufferLayout:
             for name, shape in shapes:
                 numel = math.prod(shape)
                 slots.append(Slot(name, tuple(shape), offset, numel))
-                offset = offset + _aligned(numel, ALIGNMENT)
+                offset += _aligned(max(numel, room.get(name, 0)), ALIGNMENT)
             if offset > begin:
                 end = begin + _aligned(offset - begin, ALIGNMENT * num_shards)
                 buckets.append((begin, end))

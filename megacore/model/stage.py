@@ -21,7 +21,6 @@ from megacore.parallel.linear import ColumnParallelLinear, column_parallel
 from megacore.parallel.parameters import ParameterMaker
 from megacore.parallel.tensor import TensorParallel
 
-
 TIED = "embedding.tokens.weight"
 """The parameter that a tied output matrix is."""
 
@@ -107,38 +106,63 @@ class Stage(nn.Module):
         self.layers = nn.ModuleDict(
             {str(i): Block(model, make.below(f"layers.{i}"), tp, kernels, make.seed, recompute) for i in layers}
         )
+        self.blocks = tuple(self.layers.values())
         if last:
             self.final_norm = make_norm(model, make.below("final_norm"), kernels)
             self.head = None if model.tie_embeddings else ColumnParallelLinear(make.below("head"), tp)
             if model.tie_embeddings and not first:
-                if tied_to is None:
-                    self.embedding = TiedTable(VocabParallelEmbedding(make.below("embedding.tokens"), self.vocab.piece, tp))
-                else:
-                    self.embedding = TiedTable(tied_to.embedding.tokens)
+                self.embedding = TiedTable(
+                    VocabParallelEmbedding(make.below("embedding.tokens"), self.vocab.piece, tp)
+                    if tied_to is None
+                    else tied_to.embedding.tokens
+                )
 
     def forward(self, inputs: Inputs, x_th: Tensor | None = None, logits: bool = False) -> Tensor | Loss:
         """x [t, h] for the next stage; on the last one the loss or, if asked for, this rank's ``logits`` [t, v].
 
         ``x_th``: what the stage before gave (None: first).
         """
-        x_th = self.hidden(inputs, x_th)
-        if not self.last:
-            return x_th
+        shared = self.shared(inputs)
+        out: Tensor | Loss | None = x_th
+        for unit in range(self.num_units):
+            out = self.unit(unit, inputs, shared, out, logits)
+        assert out is not None, "a stage has units"
+        return out
+
+    def unit(
+        self, unit: int, inputs: Inputs, shared: Shared, x_th: Tensor | Loss | None, logits: bool = False
+    ) -> Tensor | Loss:
+        """One of the stage's units: its embedding, a block or its head, in this order. As ``forward``."""
+        if self.first and unit == 0:
+            return self.embedding(inputs, shared)
+        assert isinstance(x_th, Tensor)
+        block = unit - self.first
+        if block < len(self.layers):
+            return self.blocks[block](x_th, shared)
         return self.logits(x_th) if logits else self.loss(inputs, x_th)
+
+    @property
+    def num_units(self) -> int:
+        """Embedding, blocks and head, as far as they are here."""
+        return self.first + len(self.layers) + self.last
+
+    def unit_parameters(self) -> list[dict[str, nn.Parameter]]:
+        """The parameters that each unit uses, by their global names."""
+        units: list[dict[str, nn.Parameter]] = [{} for _ in range(self.num_units)]
+        place = {f"layers.{name}": self.first + number for number, name in enumerate(self.layers)}
+        if self.first:
+            place["embedding"] = 0
+        for name, param in self.named_parameters():
+            parts = name.split(".")
+            module = ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
+            units[place.get(module, -1)][name] = param
+        if self.last and self.head is None:
+            units[-1][TIED] = self.embedding.tokens.weight
+        return units
 
     def boundary_shape(self, inputs: Inputs) -> tuple[int, int]:
         """The shape of x [t, h] between stages, known to both of its ends."""
         return self.tp.shard_of_tokens(inputs.token_bs.numel())[1], self.model.hidden_size
-
-    def hidden(self, inputs: Inputs, x_th: Tensor | None = None) -> Tensor:
-        """The residual stream behind the stage's last block."""
-        shared = self.shared(inputs)
-        if self.first:
-            x_th = self.embedding(inputs, shared)
-        for block in self.layers.values():
-            x_th = block(x_th, shared)
-        assert x_th is not None
-        return x_th
 
     def logits(self, x_th: Tensor) -> Tensor:
         """This rank's part of the vocabulary, [t, v] (all tokens, also under sequence parallelism)."""

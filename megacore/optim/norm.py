@@ -5,12 +5,11 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from megacore.layout.shards import Run, runs_of
+from megacore.layout.shards import Run
 from megacore.mesh.collectives import all_reduce
 from megacore.mesh.group import Group
 from megacore.mesh.mesh import ParallelMesh
 from megacore.optim.counted import Counted
-from megacore.sharding.flat import FlatBuffer
 from megacore.spec import ParamSpec
 
 
@@ -36,7 +35,7 @@ class GlobalNorm:
         places = [part.place for part in self.counted.parts]
         self.places = torch.tensor(places, dtype=torch.long, device=mesh.device)
 
-    def __call__(self, grads: Sequence[Tensor] = ()) -> Tensor:
+    def __call__(self, grads: Sequence[Tensor]) -> Tensor:
         """The norm of ``grads`` (one 1-D tensor per run): a float64 scalar on the device, equal on all ranks."""
         return self.squares(grads).sum().sqrt()
 
@@ -44,20 +43,6 @@ class GlobalNorm:
         """The squared norm of every parameter's gradient [num_params], float64 on the device, equal on all ranks."""
         squares = sums_of_squares(self.counted.of(grads), self.places, self.num_params)
         return all_reduce(all_reduce(squares, self.mesh.model), self.shards)
-
-
-class BufferNorm(GlobalNorm):
-    """The norm of a flat buffer that no other rank shares; takes no arguments."""
-
-    def __init__(
-        self, grads: FlatBuffer, specs: Sequence[ParamSpec], mesh: ParallelMesh, copies: Collection[str] = ()
-    ) -> None:
-        super().__init__(runs_of(grads.layout, 0, 1), specs, mesh, Group.single("dp_shard"), copies)
-        self.grads = [view.reshape(-1) for view in grads.views().values() if view.numel()]
-
-    def __call__(self, grads: Sequence[Tensor] = ()) -> Tensor:
-        """As ``GlobalNorm``, of the buffer."""
-        return super().__call__(self.grads)
 
 
 def sums_of_squares(tensors: list[Tensor], places: Tensor, size: int) -> Tensor:

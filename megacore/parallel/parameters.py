@@ -28,17 +28,19 @@ class ParameterMaker:
     dtype: torch.dtype
     seed: int
     prefix: str = ""
+    filled: bool = True
+    """Whether parameters are initialised at once; else they are memory for somebody who fills them."""
 
     def below(self, name: str) -> "ParameterMaker":
         """The maker for the parameters of part ``name``."""
         return replace(self, prefix=f"{self.prefix}{name}.")
 
     def __call__(self, name: str) -> nn.Parameter:
-        """Parameter ``name`` of local shape, initialised (left unfilled on the meta device)."""
+        """Parameter ``name`` of local shape, initialised (not on the meta device, and not unless ``filled``)."""
         spec = self.specs[self.prefix + name]
         shape = spec.local_shape(self.group.rank, self.group.size)
         tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
-        if tensor.device.type != "meta":
+        if self.filled and tensor.device.type != "meta":
             fill(tensor, spec, self.group, self.seed)
         return nn.Parameter(tensor)
 

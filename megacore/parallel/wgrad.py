@@ -18,7 +18,7 @@ Work = Callable[[], object]
 class WeightGradients:
     """Adds weight gradients at once or, inside ``put_off``, keeps the work for later.
 
-    Where ``weight.grad`` is there already (a view of the flat gradient buffer), the product is added to it by the GEMM
+    Where there is a place for it (a view of the flat gradient buffer), the product is added to it by the GEMM
     itself and None is returned, so nothing of the weight's size is allocated; otherwise the gradient is returned.
     """
 
@@ -37,21 +37,24 @@ class WeightGradients:
 
     def linear(self, kernel: LinearKernel, weight: Tensor, x_ti: Tensor, grad_to: Tensor) -> Tensor | None:
         """Weight gradient of y = x w^T. x [t, in], grad [t, out] -> w's [out, in]."""
-        if weight.grad is None:
+        into = gradient_of(weight)
+        if into is None:
             return grad_to.t() @ x_ti
-        return self._add(partial(kernel.wgrad, weight.grad, x_ti, grad_to))
+        return self._add(partial(kernel.wgrad, into, x_ti, grad_to))
 
     def bias(self, bias: Tensor, grad_to: Tensor) -> Tensor | None:
         """Bias gradient: the sum over tokens. grad [t, out]."""
-        if bias.grad is None:
+        into = gradient_of(bias)
+        if into is None:
             return grad_to.sum(0)
-        return self._add(partial(_add_sum, bias.grad, grad_to))
+        return self._add(partial(_add_sum, into, grad_to))
 
     def rows(self, weight: Tensor, index_t: Tensor, grad_th: Tensor) -> Tensor | None:
         """Gradient of a look-up: add row t of grad [t, h] to row ``index_t[t]``."""
-        if weight.grad is None:
+        into = gradient_of(weight)
+        if into is None:
             return weight.new_zeros(weight.shape).index_add_(0, index_t, grad_th)
-        return self._add(partial(weight.grad.index_add_, 0, index_t, grad_th))
+        return self._add(partial(into.index_add_, 0, index_t, grad_th.to(into.dtype)))
 
     def _add(self, work: Work) -> Tensor | None:
         """None: what autograd is to be told of the gradient."""
@@ -62,5 +65,11 @@ class WeightGradients:
         return None
 
 
+def gradient_of(param: Tensor) -> Tensor | None:
+    """Where a parameter's gradient is added up, if there is such a place: ``main_grad`` under 16-bit training."""
+    into: Tensor | None = getattr(param, "main_grad", None)
+    return param.grad if into is None else into
+
+
 def _add_sum(into: Tensor, grad_to: Tensor) -> None:
-    into += grad_to.sum(0)
+    into += grad_to.sum(0, dtype=into.dtype)

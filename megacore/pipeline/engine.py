@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megacore.mesh.group import Group
-from megacore.model.inputs import Inputs
+from megacore.model.inputs import Inputs, Shared
 from megacore.model.stage import Loss, Stage
 from megacore.parallel.wgrad import WeightGradients, Work
 from megacore.pipeline.clock import Mark
@@ -20,6 +20,8 @@ from megacore.schedule.instruction import COMPUTE, MESSAGES, RECEIVES, Instructi
 
 AHEAD = 2
 """Computations."""
+WHOLE = -1
+"""In place of a unit: all of a stage."""
 Marks = dict[int, tuple[Mark, Mark]]
 """Begin and end of an instruction, by its place in the list."""
 
@@ -48,16 +50,27 @@ class Sums:
         self.num_targets += loss.num_targets
 
 
+def nothing(*ignored: object) -> None:
+    """There is nothing to do."""
+
+
 @dataclass(frozen=True)
 class Actions:
     """What a list can ask for besides computing and messages."""
 
-    reduce: Callable[[int], None]
-    """Sums a stage's gradients over the ranks that hold copies of it; may still be under way when it returns."""
+    reduce: Callable[[int, int], None]
+    """(stage, unit): sums the gradients of a stage, or of one of its units, over the ranks that hold copies; may still
+    be under way when it returns."""
     tied: Callable[[int, int], None]
     """(stage, other rank): sums the gradients of tied weights with the other rank's."""
     optimize: Callable[[Sums], None]
     """Updates the weights."""
+    gather: Callable[[int, int], None] = nothing
+    """Begins to bring a unit's parameters, which other ranks hold parts of."""
+    free: Callable[[int, int], None] = nothing
+    """Lets them go."""
+    use: Callable[[int, int, bool], None] = nothing
+    """Before a stage or unit computes forwards (False) or backwards (True): what it needs is to be in place."""
 
 
 def compile_list(instructions: Iterable[Instruction], by_name: bool) -> list[Step]:
@@ -112,19 +125,25 @@ class PipelineEngine:
         self.stages, self.num_stages, self.pp, self.device = stages, num_stages, pp, device
         self.wgrad, self.actions = wgrad, actions
         self.handlers: Mapping[Op, Callable[[Instruction], None]] = {
-            Op.FORWARD: lambda i: self._forward(i.stage, i.microbatch),
-            Op.BACKWARD: lambda i: self._backward(i.stage, i.microbatch),
+            Op.FORWARD: lambda i: self._forward(i.stage, i.microbatch, i.unit),
+            Op.BACKWARD: lambda i: self._backward(i.stage, i.microbatch, i.unit),
             Op.INPUT_GRAD: self._input_grad,
             Op.WEIGHT_GRAD: self._weight_grad,
             Op.PAIR: self._pair,
-            Op.REDUCE: lambda i: actions.reduce(i.stage),
+            Op.REDUCE: lambda i: actions.reduce(i.stage, i.unit),
+            Op.GATHER: lambda i: actions.gather(i.stage, i.unit),
+            Op.FREE: lambda i: actions.free(i.stage, i.unit),
             Op.TIED: lambda i: actions.tied(i.stage, i.peer),
             Op.OPTIMIZE: lambda i: actions.optimize(self.sums),
         }
-        # a microbatch within a stage: its input (None: tokens) and where its graph ends
-        self.live: dict[tuple[int, int], tuple[Tensor | None, GradientEdge]] = {}
-        self.put_off: dict[tuple[int, int], list[Work]] = {}
+        # a microbatch within a stage or unit: its input (None: tokens), and where its graph ends (None: all is frozen)
+        self.live: dict[tuple[int, int, int], tuple[Tensor | None, GradientEdge | None]] = {}
+        self.put_off: dict[tuple[int, int, int], list[Work]] = {}
+        # within a stage that is walked by units: what one gave to the next, and what all need
+        self.between: dict[tuple[int, int], Tensor] = {}
+        self.shared: dict[tuple[int, int], Shared] = {}
         self.peak_live = 0
+        self.logits: Tensor | None = None
 
     def compile(self, instructions: Iterable[Instruction]) -> list[Step]:
         """This rank's list in the form that ``run`` walks."""
@@ -134,16 +153,18 @@ class PipelineEngine:
         self,
         steps: Sequence[Step],
         microbatches: Sequence[Inputs],
-        loss_weight: float = 1.0,
+        loss_weight: Tensor | None = None,
         logits: bool = False,
         marks: Marks | None = None,
     ) -> Sums:
         """Walk a compiled list.
 
-        ``loss_weight`` multiplies the loss sums before they are differentiated. With ``logits`` the last stage ends in
-        those instead of the loss, and they lie in ``self.logits``. ``marks`` takes begin and end of every instruction.
+        ``loss_weight`` (scalar, of the loss's dtype) multiplies the loss sums before they are differentiated; a list
+        that only forwards needs none. With ``logits`` the last stage ends in those instead of the loss, and they lie in
+        ``self.logits``. ``marks`` takes begin and end of every instruction.
         """
-        self.microbatches, self.loss_weight, self.wants_logits = microbatches, loss_weight, logits
+        self.microbatches, self.wants_logits = microbatches, logits
+        self.loss_weight = torch.ones((), device=self.device) if loss_weight is None else loss_weight
         self.sums, self.logits, self.peak_live = Sums.zeros(self.device), None, 0
         self.mailbox = Mailbox(self.pp, self.num_stages)
         for op, instructions, places in steps:
@@ -180,47 +201,84 @@ class PipelineEngine:
         if op is Op.PAIR:
             self.mailbox.settle(("gradient", instructions[0].back_stage + 1, instructions[0].back_microbatch))
 
-    def _forward(self, number: int, microbatch: int) -> None:
-        stage, x = self.stages[number], None
-        if not stage.first:
-            x = self.mailbox.take(("activation", number - 1, microbatch)).requires_grad_(torch.is_grad_enabled())
-        out = stage(self.microbatches[microbatch], x, self.wants_logits)
-        if stage.last and self.wants_logits:
-            self.logits = out
-            return
+    def _forward(self, number: int, microbatch: int, unit: int = WHOLE) -> None:
+        """One stage, or one of its units, of which the first takes from and the last gives to other stages."""
+        stage, x, at = self.stages[number], None, (number, microbatch)
+        self.actions.use(number, unit, False)
+        if unit > 0:
+            x = self.between.pop(at)
+        elif not stage.first:
+            x = self.mailbox.take(("activation", number - 1, microbatch))
+        if x is not None:
+            x.requires_grad_(torch.is_grad_enabled())
+        inputs = self.microbatches[microbatch]
+        if unit == WHOLE:
+            out = stage(inputs, x, self.wants_logits)
+        else:
+            if at not in self.shared:
+                self.shared[at] = stage.shared(inputs)
+            out = stage.unit(unit, inputs, self.shared[at], x, self.wants_logits)
+        self._pass_on(out, number, microbatch, unit)
+        if torch.is_grad_enabled():
+            end = out.objective if isinstance(out, Loss) else out
+            # the output itself is not kept: the graph only needs to know where it ended
+            self.live[number, microbatch, unit] = x, get_gradient_edge(end) if end.requires_grad else None
+            self.peak_live = max(self.peak_live, len({at[:2] for at in self.live}))
+        elif unit == stage.num_units - 1:
+            self.shared.pop(at, None)
+
+    def _pass_on(self, out: Tensor | Loss, number: int, microbatch: int, unit: int) -> None:
+        stage = self.stages[number]
         if isinstance(out, Loss):
             self.sums.add(out)
-            out = out.objective
+        elif unit != WHOLE and unit < stage.num_units - 1:
+            self.between[number, microbatch] = out.detach()
+        elif stage.last:
+            self.logits = out
         else:
             self.mailbox.put(("activation", number, microbatch), out.detach())
-        if out.requires_grad:
-            # the output itself is not kept: the graph only needs to know where it ended
-            self.live[number, microbatch] = x, get_gradient_edge(out)
-            self.peak_live = max(self.peak_live, len(self.live))
 
-    def _backward(self, number: int, microbatch: int) -> None:
-        stage = self.stages[number]
-        if stage.last:
-            grad = torch.full((), self.loss_weight, dtype=stage.dtype, device=self.device)
+    def _backward(self, number: int, microbatch: int, unit: int = WHOLE) -> None:
+        stage, at = self.stages[number], (number, microbatch)
+        self.actions.use(number, unit, True)
+        grad = self._gradient(stage, number, microbatch, unit)
+        x, end = self.live.pop((*at, unit))
+        if end is not None:
+            torch.autograd.backward((end,), (grad,))
+        if unit <= 0:
+            self.shared.pop(at, None)
+        if x is None:
+            return
+        if unit > 0:
+            self.between[at] = of_input(x)
         else:
-            grad = self.mailbox.take(("gradient", number + 1, microbatch))
-        x, end = self.live.pop((number, microbatch))
-        torch.autograd.backward((end,), (grad,))
-        if x is not None:
-            assert x.grad is not None, "every stage's output depends on its input"
-            self.mailbox.put(("gradient", number, microbatch), x.grad)
+            self.mailbox.put(("gradient", *at), of_input(x))
+
+    def _gradient(self, stage: Stage, number: int, microbatch: int, unit: int) -> Tensor:
+        """Of what a stage or unit gave on."""
+        if unit != WHOLE and unit < stage.num_units - 1:
+            return self.between.pop((number, microbatch))
+        if not stage.last:
+            return self.mailbox.take(("gradient", number + 1, microbatch))
+        return self.loss_weight
 
     def _input_grad(self, instruction: Instruction) -> None:
-        at = instruction.stage, instruction.microbatch
+        at = instruction.stage, instruction.microbatch, instruction.unit
         with self.wgrad.put_off() as self.put_off[at]:
             self._backward(*at)
 
     @torch.no_grad()
     def _weight_grad(self, instruction: Instruction) -> None:
-        for work in self.put_off.pop((instruction.stage, instruction.microbatch)):
+        for work in self.put_off.pop((instruction.stage, instruction.microbatch, instruction.unit)):
             work()
 
     def _pair(self, instruction: Instruction) -> None:
         """Both halves in turn: on one CPU thread there is nothing to overlap, and no GPU has shown a gain yet."""
         self._forward(instruction.stage, instruction.microbatch)
         self._backward(instruction.back_stage, instruction.back_microbatch)
+
+
+def of_input(x: Tensor) -> Tensor:
+    """The gradient that backward left at a stage's or unit's input."""
+    assert x.grad is not None, "every output depends on its input"
+    return x.grad

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megacore.schedule.deadlock import check_no_deadlock
-from megacore.schedule.instruction import COMPUTE, MESSAGES, RECEIVES, SENDS, Instruction, Op
+from megacore.schedule.instruction import BY_UNIT, COMPUTE, MESSAGES, RECEIVES, SENDS, Instruction, Op
 from megacore.schedule.live import live_activations
 from megacore.schedule.rows import Bools, Ints, Rows
 from megacore.schedule.schedule import Schedule
@@ -83,6 +83,7 @@ def _check_numbers(rows: Rows) -> None:
     refuse(talking, (rows.peer < 0) | (rows.peer >= num_ranks), f"ranks are 0 to {num_ranks - 1}")
     refuse(talking, rows.peer == rows.rank, "a rank has nothing to send to itself")
     refuse(rows.having(Op.GATHER, Op.FREE), rows.unit < 0, "units count from 0")
+    refuse(rows.having(*BY_UNIT), rows.unit >= 0, "stages are cut into units after the check, not before")
 
 
 def _check_stages(rows: Rows) -> None:

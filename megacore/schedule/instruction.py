@@ -46,6 +46,8 @@ COMPUTE = (Op.FORWARD, Op.BACKWARD, Op.INPUT_GRAD, Op.WEIGHT_GRAD, Op.PAIR)
 SENDS = (Op.SEND_ACTIVATION, Op.SEND_GRADIENT)
 RECEIVES = (Op.RECEIVE_ACTIVATION, Op.RECEIVE_GRADIENT)
 MESSAGES = SENDS + RECEIVES
+BY_UNIT = (Op.FORWARD, Op.BACKWARD, Op.INPUT_GRAD, Op.WEIGHT_GRAD, Op.REDUCE)
+"""What can be done for one unit of a stage, and is then written with it: ``F0.3/2``, ``R0/2``."""
 
 
 class Instruction(NamedTuple):
@@ -63,15 +65,16 @@ class Instruction(NamedTuple):
     """What a pair takes back; ``stage`` and ``microbatch`` say what it forwards."""
 
     def __str__(self) -> str:
-        return FORMS[self.op].format_map(self._asdict())
+        text = FORMS[self.op].format_map(self._asdict())
+        return f"{text}/{self.unit}" if self.unit >= 0 and self.op in BY_UNIT else text
 
     @classmethod
     def parse(cls, text: str) -> "Instruction":
         """The inverse of ``str``. Raises ValueError for anything else."""
         for op, pattern in _PATTERNS.items():
             match = pattern.fullmatch(text)
-            if match and all(int(number) < 2**31 for number in match.groups()):
-                return cls(op, **{name: int(number) for name, number in match.groupdict().items()})
+            if match and all(int(number or 0) < 2**31 for number in match.groups()):
+                return cls(op, **{name: int(number) for name, number in match.groupdict().items() if number})
         raise ValueError(f"{text!r} is not an instruction; write one of {EXAMPLES}")
 
 
@@ -95,7 +98,13 @@ FORMS: Mapping[Op, str] = MappingProxyType(
 )
 EXAMPLES = "F0.3 B0.3 I0.3 W0.3 FB0.3:7.1 SA0.3>1 RA0.3<0 SG1.3>0 RG1.3<1 R0 T0~3 G0.2 X0.2 O"
 
-# {stage} becomes a named group of digits, the rest stands for itself; no number is written with leading zeros.
-_PATTERNS = MappingProxyType(
-    {op: re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>0|[1-9][0-9]*)", re.escape(form))) for op, form in FORMS.items()}
-)
+NUMBER = r"(?P<\1>0|[1-9][0-9]*)"  # without leading zeros
+
+
+def _pattern(op: Op) -> re.Pattern[str]:
+    """{stage} becomes a named group of digits, the rest stands for itself."""
+    unit = r"(?:/\{unit\})?" if op in BY_UNIT else ""
+    return re.compile(re.sub(r"\\\{(\w+)\\\}", NUMBER, re.escape(FORMS[op]) + unit))
+
+
+_PATTERNS = MappingProxyType({op: _pattern(op) for op in FORMS})

@@ -6,26 +6,32 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor, nn
 
-from megacore.config.schema import ModelConfig, RunConfig
+from megacore.config.schema import ModelConfig, PrecisionConfig, RunConfig
+from megacore.config.settings import settings
 from megacore.config.write import config_hash
 from megacore.kernels.table import Choice, Kernels, resolve
 from megacore.layout import Layout
+from megacore.layout.policy import ShardingPolicy
 from megacore.mesh import process_group
 from megacore.mesh.group import CommLog
 from megacore.mesh.mesh import ParallelMesh
 from megacore.mesh.rank_info import RankInfo
 from megacore.model.stage import TIED, Objective, Stage
 from megacore.monitor.console import Phases
-from megacore.optim.adamw import AdamW
-from megacore.optim.groups import Optimizer
-from megacore.optim.norm import BufferNorm
-from megacore.optim.sgd import SGD
-from megacore.parallel.parameters import ParameterMaker
+from megacore.optim.clipping import make_clip
+from megacore.optim.formats import StateFormat
+from megacore.optim.loss_scale import LossScale
+from megacore.optim.norm import GlobalNorm
+from megacore.optim.rule import Rule, Share
+from megacore.optim.rules import make_rule
+from megacore.optim.statistics import Watch
+from megacore.parallel.parameters import ParameterMaker, fill
 from megacore.parallel.tensor import TensorParallel
-from megacore.sharding.flat import FlatParameters
-from megacore.sharding.reduce import GradientReducer
-from megacore.spec import ModelSpec, ParamSpec
+from megacore.sharding.storage import Numbers, Storage
+from megacore.spec import ModelSpec
+from megacore.spec.settings import settings_of
 from megacore.spec.stages import layers_of_stages
 from megacore.train.schedule import own_schedule_hash, plan_schedule
 from megacore.train.step import Trainer
@@ -42,7 +48,7 @@ class Built:
     mesh: ParallelMesh
     stages: Mapping[int, Stage]
     """The stages of this rank by their global number."""
-    flat: FlatParameters
+    storage: Storage
     trainer: Trainer
     kernels: tuple[Choice, ...]
 
@@ -79,26 +85,27 @@ def build(
         parallel = config.parallel
         tp = TensorParallel(mesh.tp, parallel.sequence_parallel, parallel.regather_inputs, kernels.linear)
         spec = ModelSpec.of(config.model, tp.sequence)
-        make = ParameterMaker(spec.by_name, mesh.tp, device, dtype, config.train.seed)
+        make = ParameterMaker(spec.by_name, mesh.tp, device, dtype, config.train.seed, filled=False)
         stages = make_stages(config, make, tp, kernels, [rank == mesh.pp.rank for rank in home])
     with phases.time("buffers"):
-        flat = FlatParameters.adopt(stages.values())
-        names = {number: [name for name, _ in stage.named_parameters()] for number, stage in stages.items()}
+        storage = make_storage(config, spec, stages, mesh, make)
+        rule = make_optimizer(config, spec, storage)
+        norm = GlobalNorm(storage.runs, spec.params, mesh, storage.shards, () if 0 in stages else (TIED,))
+        watched = config.log.statistics_every > 0
         trainer = Trainer(
             spec,
             stages,
             home,
             plan,
-            flat,
-            mesh,
+            storage,
             tp.wgrad,
-            GradientReducer(flat.grads, spec.by_name, mesh, names),
-            BufferNorm(flat.grads, spec.params, mesh, () if 0 in stages else (TIED,)),
-            make_optimizer(config, flat, spec.by_name),
-            config.optim.clip_grad,
+            make_clip(config.optim, norm, watched),
+            LossScale(config.precision, device),
+            rule,
+            Watch(norm, spec.params, mesh) if watched else None,
         )
     used = operations_of(config.model)
-    return Built(config, spec, mesh, stages, flat, trainer, tuple(c for c in choices if c.operation in used))
+    return Built(config, spec, mesh, stages, storage, trainer, tuple(c for c in choices if c.operation in used))
 
 
 def make_stages(
@@ -138,8 +145,51 @@ def operations_of(model: ModelConfig) -> frozenset[str]:
     return frozenset(used)
 
 
-def make_optimizer(config: RunConfig, flat: FlatParameters, specs: dict[str, ParamSpec]) -> Optimizer:
-    """The optimizer that ``optim.name`` names."""
-    if config.optim.name == "adamw":
-        return AdamW(flat, specs, config.optim)
-    return SGD(flat, specs, config.optim)
+def make_storage(
+    config: RunConfig, spec: ModelSpec, stages: Mapping[int, Stage], mesh: ParallelMesh, make: ParameterMaker
+) -> Storage:
+    """Buffers for what is trained; frozen parameters stay where they are, whole on every rank."""
+    of = settings_of(spec.params, config.optim)
+
+    def write(name: str, tensor: Tensor) -> None:
+        fill(tensor, spec.by_name[name], mesh.tp, config.train.seed)
+
+    units: dict[tuple[int, int], dict[str, nn.Parameter]] = {}
+    for number, stage in stages.items():
+        for unit, params in enumerate(stage.unit_parameters()):
+            units[number, unit] = {name: param for name, param in params.items() if not of[name].frozen}
+            for name, param in params.items():
+                if of[name].frozen:
+                    write(name, param.requires_grad_(False))
+    alone = (TIED,) if config.model.tie_embeddings else ()
+    policy = ShardingPolicy.of(config.parallel.zero)
+    return Storage(units, spec.by_name, mesh, policy, numbers_of(config.precision), write, alone)
+
+
+def numbers_of(precision: PrecisionConfig) -> Numbers:
+    """The formats of a run: 16-bit parameters have gradients and master weights in fp32 (Micikevicius et al. 2018,
+    section 3.1)."""
+    params = dict(DTYPES)[precision.dtype]
+    reduce = None if precision.grad_reduce_dtype == "auto" else dict(DTYPES)[precision.grad_reduce_dtype]
+    if params.itemsize == 2:
+        return Numbers(params, torch.float32, torch.float32, reduce)
+    return Numbers(params, params, None, reduce)
+
+
+def make_optimizer(config: RunConfig, spec: ModelSpec, storage: Storage) -> Rule:
+    """The optimizer that ``optim.name`` names, over what this rank owns."""
+    of = settings_of(spec.params, config.optim)
+    numbers = storage.numbers
+    share = Share(
+        runs=storage.runs,
+        specs=tuple(spec.by_name[run.name] for run in storage.runs),
+        weights=storage.weights,
+        weight_decay=tuple(of[run.name].weight_decay for run in storage.runs),
+        lr_scale=tuple(of[run.name].lr_scale for run in storage.runs),
+        tp=storage.mesh.tp,
+        shards=storage.shards,
+        dtype=numbers.master or numbers.params,
+        device=storage.mesh.device,
+        format=StateFormat.of(config.optim, config.train.seed),
+    )
+    return make_rule(config.optim.name, share, settings(config.optim))

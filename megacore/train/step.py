@@ -1,30 +1,29 @@
 """One optimizer step and one evaluation: what happens around the schedule's instructions."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megacore.mesh.collectives import all_reduce
-from megacore.mesh.mesh import ParallelMesh
 from megacore.mesh.messages import swap
 from megacore.model.inputs import Inputs
 from megacore.model.stage import TIED, Stage
-from megacore.optim.groups import Optimizer
-from megacore.optim.norm import GlobalNorm
-from megacore.optim.statistics import Statistics
+from megacore.optim.clipping import Clip
+from megacore.optim.loss_scale import LossScale
+from megacore.optim.rule import Rule
+from megacore.optim.statistics import Statistics, Watch
 from megacore.parallel.wgrad import WeightGradients
-from megacore.pipeline.engine import Actions, Marks, PipelineEngine, Step, Sums
+from megacore.pipeline.engine import Actions, Marks, PipelineEngine, Step, Sums, nothing
 from megacore.schedule.generators.generate import forward_only
+from megacore.schedule.instruction import Instruction
 from megacore.schedule.lower import lower
 from megacore.schedule.schedule import Schedule
-from megacore.sharding.flat import FlatParameters
-from megacore.sharding.reduce import GradientReducer
+from megacore.schedule.units import by_unit
+from megacore.sharding.storage import Storage
 from megacore.spec import ModelSpec
 
-CLIP_EPS = 1e-6
-"""Added to the norm before dividing, as torch's clip_grad_norm_ does."""
 TIED_TAG = 1 << 29
 """The name of the message with tied weights' gradients: above those of activations."""
 
@@ -44,8 +43,8 @@ class Trainer:
     """Takes a rank's microbatches through forward, backward, gradient sums, clipping and update.
 
     The loss is a global sum over a global count. Each microbatch's sum is differentiated with the weight
-    1 / nominal targets (batch x length), which is known beforehand, and the gradients are scaled by nominal / counted
-    when the count is: exactly 1 where every token is a target.
+    loss scale / nominal targets (batch x length), which is known beforehand, and the gradients are scaled by
+    nominal / (counted x loss scale) when the count is: exactly 1 where every token is a target and nothing is scaled.
     """
 
     def __init__(
@@ -54,25 +53,26 @@ class Trainer:
         stages: Mapping[int, Stage],
         home: Sequence[int],
         plan: Callable[[int], Schedule],
-        flat: FlatParameters,
-        mesh: ParallelMesh,
+        storage: Storage,
         wgrad: WeightGradients,
-        reducer: GradientReducer,
-        norm: GlobalNorm,
-        optimizer: Optimizer,
-        clip_grad: float,
+        clip: Clip,
+        loss_scale: LossScale,
+        rule: Rule,
+        watch: Watch | None = None,
     ) -> None:
-        """``home`` is the pipeline rank of every stage, ``plan`` gives the schedule of so many microbatches."""
-        self.spec, self.home, self.flat, self.mesh, self.norm, self.optimizer = (
-            spec,
-            tuple(home),
-            flat,
-            mesh,
-            norm,
-            optimizer,
+        """``home`` is the pipeline rank of every stage, ``plan`` gives the schedule of so many microbatches; ``watch``
+        makes the statistics of steps that ask for them."""
+        self.spec, self.stages, self.home, self.plan, self.storage = spec, stages, tuple(home), plan, storage
+        self.clip, self.loss_scale, self.rule, self.watch = clip, loss_scale, rule, watch
+        self.mesh = mesh = storage.mesh
+        actions = Actions(
+            reduce=lambda stage, unit: storage.reduce((stage, unit)),
+            tied=self._sum_tied,
+            optimize=self._optimize,
+            gather=lambda stage, unit: storage.gather((stage, unit)),
+            free=lambda stage, unit: storage.free((stage, unit)),
+            use=self._use if storage.policy.by_unit else nothing,
         )
-        self.plan, self.reducer, self.clip_grad = plan, reducer, clip_grad
-        actions = Actions(reducer.start, self._sum_tied, self._optimize)
         self.engine = PipelineEngine(stages, len(self.home), mesh.pp, wgrad, mesh.device, actions)
         self._training: dict[int, list[Step]] = {}
         self._forward: dict[int, list[Step]] = {}
@@ -83,12 +83,15 @@ class Trainer:
         num_nominal: int,
         lr: float,
         marks: Marks | None = None,
+        watched: bool = False,
     ) -> StepResult:
-        """Train on this rank's part of a batch of ``num_nominal`` tokens in all; ``marks`` as the engine takes them."""
-        self.num_nominal, self.lr = num_nominal, lr
-        self.flat.grads.data.zero_()
+        """Train on this rank's part of a batch of ``num_nominal`` tokens in all; ``marks`` as the engine takes them,
+        ``watched``: make statistics of this step."""
+        self.num_nominal, self.lr, self.watched = num_nominal, lr, watched
+        self.storage.begin()
         steps = self._compiled(self._training, self.plan, len(microbatches))
-        self.engine.run(steps, microbatches, 1.0 / num_nominal, marks=marks)
+        weight = self.loss_scale.scale.to(torch.float64) / num_nominal
+        self.engine.run(steps, microbatches, weight.to(self._loss_dtype), marks=marks)
         return self.result
 
     @torch.no_grad()
@@ -107,33 +110,51 @@ class Trainer:
         self.engine.run(self._forward_steps(1), [inputs], logits=True)
         return self.engine.logits
 
+    @property
+    def _loss_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.storage.numbers.params, torch.float32)
+
     def _forward_steps(self, num_microbatches: int) -> list[Step]:
         return self._compiled(self._forward, lambda n: lower(forward_only(self.home, n)), num_microbatches)
 
     def _compiled(self, known: dict[int, list[Step]], plan: Callable[[int], Schedule], number: int) -> list[Step]:
         if number not in known:
-            known[number] = self.engine.compile(plan(number).ranks[self.mesh.pp.rank])
+            listed: Iterable[Instruction] = plan(number).ranks[self.mesh.pp.rank]
+            policy = self.storage.policy
+            if policy.by_unit:
+                num_units = {stage: module.num_units for stage, module in self.stages.items()}
+                listed = by_unit(listed, num_units, policy.params)
+            known[number] = self.engine.compile(listed)
         return known[number]
 
+    def _use(self, stage: int, unit: int, backward: bool) -> None:
+        self.storage.use((stage, unit), backward)
+
     def _sum_tied(self, stage: int, peer: int) -> None:
-        """Both copies of a tied matrix get the sum of their gradients, over dp already summed."""
-        self.reducer.finish()
-        view = self.flat.grads.views()[TIED]
-        view.add_(swap(view, peer, TIED_TAG, self.mesh.pp))
+        """Both copies of a tied matrix get the sum of their gradients, over dp already summed; each rank of what it
+        owns, which is the same part on both."""
+        self.storage.settle()
+        for run, grad in zip(self.storage.runs, self.storage.own_grads):
+            if run.name == TIED:
+                grad.add_(swap(grad, peer, TIED_TAG, self.mesh.pp))
 
     @torch.no_grad()
     def _optimize(self, sums: Sums) -> None:
-        self.reducer.finish()
+        storage, grads = self.storage, self.storage.own_grads
+        storage.finish()
         cross_entropy, num_targets = self._total(sums)
-        to_mean = self.num_nominal / num_targets
-        norm = self.norm() * to_mean
-        skip = (~torch.isfinite(norm)).to(torch.float32)
-        scale = to_mean
-        if self.clip_grad:
-            scale = to_mean * (self.clip_grad / (norm + CLIP_EPS)).clamp(max=1.0)
-        self.flat.grads.data.mul_(scale.to(self.flat.grads.data.dtype))
-        self.optimizer.step(self.lr, skip)
-        self.result = StepResult(cross_entropy / num_targets, norm, skip)
+        if self.watch is not None and self.watched:
+            self.watch.before(grads, storage.weights)
+        clipped = self.clip(grads, self.num_nominal / num_targets / self.loss_scale.scale.to(torch.float64))
+        skipped = 1 - clipped.taken
+        self.loss_scale.update(skipped)
+        self.rule.update(grads, self.lr, clipped.taken)
+        storage.publish()
+        statistics = None
+        if self.watch is not None:
+            self.watch.clipped(clipped)
+            statistics = self.watch.after(storage.weights, clipped) if self.watched else None
+        self.result = StepResult(cross_entropy / num_targets, clipped.norm, skipped, statistics)
 
     def _total(self, sums: Sums) -> Tensor:
         total = all_reduce(torch.stack((sums.cross_entropy, sums.num_targets)), self.mesh.dp_cp)

@@ -103,8 +103,8 @@ def _whole_buffers(spec: ModelSpec, folder: Path) -> dict[str, FlatBuffer]:
 
 
 def _buffers(built: Built) -> Iterator[tuple[str, FlatBuffer]]:
-    """This rank's buffers by what they hold."""
-    yield from zip(WHAT, (built.flat.grads, built.flat.params), strict=True)
+    """All of this rank's gradients and weights, by what they are; ranks that own parts of them call this together."""
+    yield from zip(WHAT, map(built.storage.whole, ("grads", "params")), strict=True)
 
 
 class Finding(NamedTuple):

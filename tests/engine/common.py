@@ -62,7 +62,7 @@ def step_of(built: Built, step: int, lr: float = 0.0) -> tuple[float, float]:
 def parts(built: Built, which: str) -> list[Piece]:
     """This rank's pieces of the `params` or `grads`, owned or copied, as they are now."""
     tp = built.mesh.tp
-    pieces = pieces_of(getattr(built.flat, which), built.spec.params, tp.rank, tp.size)
+    pieces = pieces_of(built.storage.whole(which), built.spec.params, tp.rank, tp.size)
     return [piece._replace(tensor=piece.tensor.clone()) for piece in pieces]
 
 

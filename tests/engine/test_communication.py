@@ -20,7 +20,7 @@ def log_of_rank(rank: int, world_size: int, config: RunConfig) -> tuple[list[Com
     built = built_rank(rank, world_size, config, log)
     log.clear()
     step_of(built, step=1)
-    return list(log), built.flat.grads.layout.size
+    return list(log), built.storage.layout.size
 
 
 def logs(pool: WorkerPool, world_size: int, *overrides: str) -> tuple[list[CommRecord], int, RunConfig]:

@@ -3,17 +3,16 @@
 import pytest
 import torch
 
-from megacore.layout import BufferLayout, Layout
+from megacore.layout import Layout
 from megacore.layout.partition import Segment
 from megacore.layout.shards import Run
 from megacore.mesh.group import Group
 from megacore.mesh.mesh import ParallelMesh
 from megacore.optim.counted import Counted
-from megacore.optim.norm import BufferNorm, GlobalNorm
-from megacore.sharding.flat import FlatBuffer
+from megacore.optim.norm import GlobalNorm
 from megacore.spec import ParamSpec
 from megacore.spec.params import columns
-from tests.optim.cutting import CPU, LAYOUTS, SPECS, alone, cut, whole_tensor
+from tests.optim.cutting import LAYOUTS, SPECS, alone, cut, whole_tensor
 from tests.pool import WorkerPool
 
 
@@ -36,32 +35,24 @@ def test_norms_are_those_of_whole_gradients_on_every_rank(pool: WorkerPool, layo
     assert len({norm for norm, _ in results}) == 1  # to the bit: ranks must agree on clipping
 
 
-def buffer_norm_of_rank(rank: int, layout: Layout) -> tuple[float, float, float]:
-    """The norm of whole tensors as runs, of the buffer, and as a sum of the norms of pieces."""
+def norm_of_pieces_on_rank(rank: int, layout: Layout) -> tuple[float, float]:
+    """The norm of whole tensors as runs, and as a sum of the norms of pieces."""
     own = cut(rank, layout)
     tp = own.mesh.tp
-    buffer = FlatBuffer.zeros(
-        BufferLayout.of((spec.name, spec.local_shape(tp.rank, tp.size)) for spec in SPECS), torch.float32, CPU
-    )
     squares = torch.zeros(len(SPECS), dtype=torch.float64)
     for place, spec in enumerate(SPECS):
-        view = buffer.views()[spec.name]
-        view.copy_(own.local(spec, whole_tensor(place, spec)))
+        local = own.local(spec, whole_tensor(place, spec)).to(torch.float32)
         for piece in spec.pieces(tp.rank, tp.size):
             if piece.copy == 0:
-                squares[place] += view.narrow(spec.dim, piece.local, piece.size).norm().to(torch.float64).square()
+                squares[place] += local.narrow(spec.dim, piece.local, piece.size).norm().to(torch.float64).square()
     if tp.size > 1:
         torch.distributed.all_reduce(squares, group=tp.handle)
-    return (
-        own.norm(own.of(whole_tensor, torch.float32)).item(),
-        BufferNorm(buffer, SPECS, own.mesh)().item(),
-        squares.sum().sqrt().item(),
-    )
+    return own.norm(own.of(whole_tensor, torch.float32)).item(), squares.sum().sqrt().item()
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2)], ids=Layout.describe)
 def test_whole_tensors_give_the_bits_of_their_pieces(pool: WorkerPool, layout: Layout) -> None:
-    for norms in pool.run(buffer_norm_of_rank, layout.world, layout):
+    for norms in pool.run(norm_of_pieces_on_rank, layout.world, layout):
         assert len(set(norms)) == 1
 
 

@@ -14,8 +14,8 @@ from tests.pool import WorkerPool
 def held(rank: int, world_size: int, overrides: tuple[str, ...]) -> tuple[int, int, int]:
     """Elements of slots times their size: parameters, gradients, optimizer state."""
     built = built_rank(rank, world_size, run_config(world_size, *overrides))
-    size = built.flat.params.data.element_size()
-    bytes_of_slots = sum(slot.numel for slot in built.flat.params.layout.slots) * size
+    size = built.storage.params.element_size()
+    bytes_of_slots = sum(slot.numel for slot in built.storage.layout.slots) * size
     state = vars(built.trainer.optimizer)
     buffers = [state[name] for name in ("first", "second", "velocity") if state.get(name) is not None]
     return bytes_of_slots, bytes_of_slots, bytes_of_slots * len(buffers)

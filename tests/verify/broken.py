@@ -38,7 +38,7 @@ def slightly_off(info: RankInfo, *args: Any) -> None:
 
     def tamper(built: Built, yardstick: Yardstick) -> None:
         if built.mesh.dp.size > 1:
-            built.flat.grads.views()["layers.1.mlp.down.weight"][0, 0] += 1e-8 * yardstick.grad_norm
+            built.storage.whole("grads").views()["layers.1.mlp.down.weight"][0, 0] += 1e-8 * yardstick.grad_norm
 
     tampered(info, args, tamper)
 
@@ -48,7 +48,7 @@ def copies_drift(info: RankInfo, *args: Any) -> None:
 
     def tamper(built: Built, yardstick: Yardstick) -> None:
         if info.rank == 1:
-            weight = built.flat.params.views()["final_norm.weight"]
+            weight = built.storage.whole("params").views()["final_norm.weight"]
             weight[0] = torch.nextafter(weight[0], weight[0] + 1)
 
     tampered(info, args, tamper)
@@ -59,7 +59,7 @@ def nan_gradient(info: RankInfo, *args: Any) -> None:
 
     def tamper(built: Built, yardstick: Yardstick) -> None:
         if info.rank == 1:
-            built.flat.grads.views()["final_norm.weight"][3] = torch.nan
+            built.storage.whole("grads").views()["final_norm.weight"][3] = torch.nan
 
     tampered(info, args, tamper)
 

@@ -1,0 +1,116 @@
+"""Whole parameters and gradients of a unit for as long as it needs them, in memory that is used again.
+
+Under ZeRO-3 a unit's parameters are gathered ahead of use and freed after it; under ZeRO-2 and 3 its gradients are
+whole only from the start of its backward until their sum has begun. Buffers of one size go round, so that their
+addresses stay few.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megacore.layout.buffer import BufferLayout, Slot
+from megacore.mesh.collectives import all_gather_start
+from megacore.mesh.group import Group, Pending
+
+
+def set_gradient(param: nn.Parameter, grad: Tensor | None) -> None:
+    """Where backward adds a parameter's gradient: ``grad`` itself, or ``main_grad`` where that is of another dtype,
+    which autograd would refuse."""
+    if grad is None or grad.dtype == param.dtype:
+        param.grad = grad
+    else:
+        param.main_grad = grad  # type: ignore[attr-defined]
+
+
+def add_to_main_grad(param: Tensor) -> None:
+    """Moves a gradient that autograd made on its own (of a norm's weight, say) to where all are added."""
+    if param.grad is not None:
+        param.main_grad.add_(param.grad)  # type: ignore[attr-defined]
+        param.grad = None
+
+
+class Buffers:
+    """Tensors that come back: ``take`` one of a size, ``give`` it back."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.spare: dict[int, list[Tensor]] = {}
+
+    def take(self, size: int) -> Tensor:
+        spare = self.spare.setdefault(size, [])
+        return spare.pop() if spare else torch.empty(size, dtype=self.dtype, device=self.device)
+
+    def give(self, buffer: Tensor) -> None:
+        self.spare[len(buffer)].append(buffer)
+
+
+class Lending:
+    """The buckets of a layout, each lent as a whole while somebody uses it."""
+
+    def __init__(
+        self,
+        layout: BufferLayout,
+        names: Sequence[Sequence[str]],
+        parameters: Mapping[str, nn.Parameter],
+        shards: Group,
+        params: Tensor,
+        grad_dtype: torch.dtype,
+    ) -> None:
+        """``names`` are each bucket's parameters, ``params`` this rank's pieces of all buckets, end to end."""
+        self.layout, self.parameters, self.shards, self.params = layout, parameters, shards, params
+        slots = {slot.name: slot for slot in layout.slots}
+        self.slots: list[list[Slot]] = [[slots[name] for name in group] for group in names]
+        self.param_buffers = Buffers(params.dtype, params.device)
+        self.grad_buffers = Buffers(grad_dtype, params.device)
+        self.users = [0] * len(names)
+        self.coming: dict[int, Pending] = {}
+        self.here: dict[int, Tensor] = {}
+        self.grads: dict[int, Tensor] = {}
+
+    def gather(self, bucket: int) -> None:
+        """Begin to bring a bucket's parameters; each call is answered by one of ``free``."""
+        self.users[bucket] += 1
+        if self.users[bucket] == 1:
+            start, end = (border // self.shards.size for border in self.layout.buckets[bucket])
+            self.coming[bucket] = all_gather_start(self.params[start:end], self.shards)
+
+    def arrive(self, bucket: int) -> None:
+        """Wait for them, and put them in their places."""
+        if bucket not in self.coming:
+            return
+        start, end = self.layout.buckets[bucket]
+        buffer = self.here[bucket] = self.param_buffers.take(end - start)
+        buffer.copy_(self.coming.pop(bucket).wait())
+        for slot in self.slots[bucket]:
+            self.parameters[slot.name].data = slot.of(buffer, start)
+
+    def free(self, bucket: int) -> None:
+        """One user less; with the last one the parameters go."""
+        self.users[bucket] -= 1
+        if self.users[bucket] == 0:
+            self.arrive(bucket)
+            self.param_buffers.give(self.here.pop(bucket))
+            for slot in self.slots[bucket]:
+                hide(self.parameters[slot.name], slot)
+
+    def open_grads(self, bucket: int) -> None:
+        """Zeros for backward to add to, unless another unit has opened them."""
+        if bucket in self.grads:
+            return
+        start, end = self.layout.buckets[bucket]
+        buffer = self.grads[bucket] = self.grad_buffers.take(end - start).zero_()
+        for slot in self.slots[bucket]:
+            set_gradient(self.parameters[slot.name], slot.of(buffer, start))
+
+    def close_grads(self, bucket: int) -> Tensor:
+        """The whole bucket's gradients, to be summed and then given back to ``grad_buffers``."""
+        for slot in self.slots[bucket]:
+            set_gradient(self.parameters[slot.name], None)
+        return self.grads.pop(bucket)
+
+
+def hide(param: nn.Parameter, slot: Slot) -> None:
+    """Leave a parameter its shape but no memory: nan, should anybody use it."""
+    param.data = torch.full((), torch.nan, dtype=param.dtype, device=param.device).expand(slot.shape)
