@@ -1,5 +1,5 @@
-// The loop of Adam and AdamW (Loshchilov and Hutter 2019, algorithm 2), written once and compiled for each instruction
-// set.
+// The loop of Adam and AdamW (Loshchilov and Hutter 2019, algorithms 1 and 2), written once and compiled for every
+// instruction set.
 //
 // A step streams 28 bytes per parameter through the processor (fp32), so memory sets its pace: what matters is that
 // everything happens in one pass, not how the arithmetic is spelled. The compiler vectorises the plain loop.
@@ -44,7 +44,8 @@ MEGACORE_INLINE void store(float value, BFloat16& to) {
 }
 
 template <bool kCopy, typename Grad, typename Moment>
-MEGACORE_INLINE void loop(const Span<Grad, Moment>& span, std::int64_t begin, std::int64_t end, const Factors& factors) {
+MEGACORE_INLINE void loop(const Span<Grad, Moment>& span, std::int64_t begin, std::int64_t end,
+                          const Factors& factors) {
     float* __restrict__ weights = span.weights;
     const Grad* __restrict__ grads = span.grads;
     Moment* __restrict__ firsts = span.first;
@@ -65,7 +66,8 @@ MEGACORE_INLINE void loop(const Span<Grad, Moment>& span, std::int64_t begin, st
 }
 
 template <typename Grad, typename Moment>
-MEGACORE_INLINE void update(const Span<Grad, Moment>& span, std::int64_t begin, std::int64_t end, const Factors& factors) {
+MEGACORE_INLINE void update(const Span<Grad, Moment>& span, std::int64_t begin, std::int64_t end,
+                            const Factors& factors) {
     if (span.copy) {
         loop<true>(span, begin, end, factors);
     } else {
@@ -75,13 +77,15 @@ MEGACORE_INLINE void update(const Span<Grad, Moment>& span, std::int64_t begin, 
 
 #ifdef MEGACORE_X86
 template <typename Grad, typename Moment>
-MEGACORE_AVX512 void adamw_avx512(const Span<Grad, Moment>& span, std::int64_t begin, std::int64_t end, const Factors& f) {
-    update(span, begin, end, f);
+MEGACORE_AVX512 void adamw_avx512(const Span<Grad, Moment>& span, std::int64_t begin, std::int64_t end,
+                                  const Factors& factors) {
+    update(span, begin, end, factors);
 }
 
 template <typename Grad, typename Moment>
-MEGACORE_AVX2 void adamw_avx2(const Span<Grad, Moment>& span, std::int64_t begin, std::int64_t end, const Factors& f) {
-    update(span, begin, end, f);
+MEGACORE_AVX2 void adamw_avx2(const Span<Grad, Moment>& span, std::int64_t begin, std::int64_t end,
+                              const Factors& factors) {
+    update(span, begin, end, factors);
 }
 #endif
 

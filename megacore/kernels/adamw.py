@@ -70,7 +70,7 @@ def compiled(
 ) -> None:
     """As ``AdamW``, by csrc/cpu: one pass over memory. ``isa`` is the best of ``native.instruction_sets`` if empty.
 
-    All instruction sets and numbers of threads give the same bits.
+    All instruction sets and numbers of threads give the same bits. Only where ``native.unavailable`` says ''.
     """
     torch.ops.megacore_cpu.adamw_(
         list(weights),
