@@ -43,7 +43,7 @@ def test_the_whole_tour_twice(tmp_path):
         "2 · Tokenizer",
         "3 · Dataset",
         "4 · Training",
-        "5 · Loss",
+        "6 · Loss",
         "after 8 steps",
         "What to try next",
     ):

@@ -97,7 +97,7 @@ def twenty_steps_of_rank(rank: int, world_size: int, config: RunConfig) -> tuple
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_twenty_steps_run_alike_in_every_layout(pool: WorkerPool, optimizer: str) -> None:
     rule = {
-        "sgd": ("optim.name=sgd", "optim.lr=0.2", "optim.clip_grad=0", "optim.momentum=0.5"),
+        "sgd": ("optim.name=sgd", "optim.lr=0.2", "optim.clip_grad=0", "optim.momentum=0.5", "optim.weight_decay=0.1"),
         "adamw": ("optim.name=adamw", "optim.lr=0.003", "optim.clip_grad=0.5"),
     }[optimizer]
     curves, weights = {}, {}

@@ -83,7 +83,9 @@ def test_a_wrong_schedule_of_ones_own_is_refused_before_anything_starts(
     data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "mine.txt"
-    path.write_text("0: F0.0 F0.1 B0.1 B0.0\n1: F1.0 B1.0 F1.1 B1.1", encoding="utf-8")
+    path.write_text(
+        "0: F0.0 F0.1 F0.2 F0.3 B0.1 B0.0 B0.2 B0.3\n1: F1.0 B1.0 F1.1 B1.1 F1.2 B1.2 F1.3 B1.3", encoding="utf-8"
+    )
     more = ("parallel.pp=2", f"parallel.schedule={path}")
     assert run("megacore.launch.train", words(data, tmp_path / "run", *more)) == 2
     assert capsys.readouterr().err.startswith(f"megacore: parallel.schedule={path}: rank 0, position ")

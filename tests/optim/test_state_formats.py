@@ -88,7 +88,8 @@ def test_what_comes_back_is_near_in_its_block(values: list[float], signed: bool,
         largest = given_[part].abs().max()
         assert scales[block] == largest
         # half of the largest gap between codes, and what the table's 18 bits leave open
-        assert (back[part] - given_[part]).abs().max() <= (0.0075 if signed else 0.0041) * largest
+        allowed = (0.0075 if signed else 0.0041) * largest + torch.finfo(torch.float32).tiny
+        assert (back[part] - given_[part]).abs().max() <= allowed
         if not signed:
             seen = given_[part] > largest * 2.0**-120  # what is smaller has no normal number for its share
             assert (back[part][seen] > 0).all()
