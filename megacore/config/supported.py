@@ -18,7 +18,7 @@ WORKS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "model.top_k": (0,),
         "parallel.cp": (1,),
         "parallel.ep": (1,),
-        "optim.offload": ("none",),
+        "optim.offload": ("none", "nvme"),
         "precision.dtype": ("fp32", "fp64"),
         "precision.fp8": ("off",),
         "precision.loss_scale": ("off",),

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,8 @@ from megacore.optim.clipping import make_clip
 from megacore.optim.formats import StateFormat
 from megacore.optim.loss_scale import LossScale
 from megacore.optim.norm import GlobalNorm
+from megacore.optim.offload import place_rule
 from megacore.optim.rule import Rule, Share
-from megacore.optim.rules import make_rule
 from megacore.optim.statistics import Watch
 from megacore.parallel.parameters import ParameterMaker, fill
 from megacore.parallel.tensor import TensorParallel
@@ -105,7 +106,9 @@ def build(
             Watch(norm, spec.params, mesh) if watched else None,
         )
     used = operations_of(config.model)
-    return Built(config, spec, mesh, stages, storage, trainer, tuple(c for c in choices if c.operation in used))
+    return Built(
+        config, spec, mesh, stages, storage, trainer, (*(c for c in choices if c.operation in used), *rule.kernels)
+    )
 
 
 def make_stages(
@@ -192,4 +195,5 @@ def make_optimizer(config: RunConfig, spec: ModelSpec, storage: Storage) -> Rule
         device=storage.mesh.device,
         format=StateFormat.of(config.optim, config.train.seed),
     )
-    return make_rule(config.optim.name, share, settings(config.optim))
+    buckets = [[slot.name for slot in slots] for slots in storage.lending.slots]
+    return place_rule(config.optim, share, settings(config.optim), buckets, Path(config.out) / "offload")
