@@ -77,7 +77,8 @@ class Loop:
             lr = learning_rate(c.optim, step)
             clock = StepClock(self.built.mesh) if step == c.log.timeline_step else None
             marks = None if clock is None else clock.marks
-            result = self.built.trainer.step(microbatches, batch.size * c.train.seq_len, lr, marks)
+            watched = self.due(c.log.statistics_every, step)
+            result = self.built.trainer.step(microbatches, batch.size * c.train.seq_len, lr, marks, watched)
             ended = Mark(device)
             if clock is not None:
                 self.reporter.timeline(step, clock.read(self.built.trainer.plan(len(microbatches))))
