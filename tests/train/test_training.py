@@ -44,6 +44,11 @@ FEATURES = {
         "parallel.schedule=gpipe",
         "model.dropout=0.1",
         "model.attention_dropout=0.1",
+        "optim.clip=adagc",
+        "optim.adagc_warmup_steps=1",
+        'optim.groups=["layers.0.*: lr_scale=0.5, weight_decay=0.2"]',
+        'optim.freeze=["layers.1.attention.out.weight"]',
+        "log.statistics_every=3",
     ),
     "tied": (
         "model.tie_embeddings=true",
@@ -59,6 +64,8 @@ FEATURES = {
 LAYOUTS = {
     "tp": ("parallel.tp=2", "parallel.sequence_parallel=true"),
     "dp": ("parallel.dp=2",),
+    "zero": ("parallel.dp=2", "parallel.zero=3"),
+    "pp": ("parallel.pp=2",),
 }
 
 
@@ -95,7 +102,17 @@ def alone(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 def figures(out: Path) -> list[dict]:
     """The metrics that must not depend on the machine."""
     names = ("step", "loss", "grad_norm", "val_loss", "lr", "tokens", "skipped")
-    return [{name: record[name] for name in names if name in record} for record in read_json_lines(out / METRICS)]
+    records = read_json_lines(out / METRICS)
+    return [{name: record[name] for name in names if name in record} | statistics(record) for record in records]
+
+
+def statistics(record: dict) -> dict[str, float]:
+    """Those of a step that has some, by dotted name."""
+    found = {}
+    for name, figure in record.get("statistics", {}).items():
+        by_part = figure.items() if isinstance(figure, dict) else [("all", figure)]
+        found |= {f"{name}.{part}": value for part, value in by_part}
+    return found
 
 
 def events(out: Path, name: str) -> list[dict]:
@@ -126,6 +143,9 @@ def test_what_a_run_writes(alone: dict[str, Path]) -> None:
         assert [record["step"] for record in records if "val_loss" in record] == [2, 4, 5]
         assert records[-1]["loss"] < records[0]["loss"]
     assert [record["tokens"] // 16 for record in documents] == [4, 8, 16, 24, 32]  # the batch grows after 8 samples
+    assert [record["step"] for record in documents if "update_norm.mlp" in record] == [3, 5]
+    assert {record["clipped_fraction.all"] for record in documents if "update_norm.mlp" in record} != {0.0}
+    assert not any("update_norm.mlp" in record for record in tied)
     assert [event["step"] for event in events(alone["tied"], "sample")] == [4, 5]
     assert [event["event"] for event in read_json_lines(alone["documents"] / EVENTS)] == ["start", "finish"]
 
