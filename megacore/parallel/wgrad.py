@@ -1,7 +1,7 @@
 """Where weight gradients go: the one place that adds to a parameter's gradient buffer by hand.
 
-A backward can be split (Qi et al. 2023, section 2): gradients of inputs first, since other ranks wait for them, those of
-weights when there is time. Everything that only adds to a weight's gradient can wait; it is kept with what it needs.
+A backward can be split (Qi et al. 2023, section 2): gradients of inputs first, since other ranks wait for them, those
+of weights when there is time. Everything that only adds to a weight's gradient can wait; it is kept with what it needs.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,7 +1,7 @@
 """Lists in finer steps: a stage's units (embedding, blocks, head) one at a time, for ZeRO stages 2 and 3.
 
-Who keeps only a part of the gradients sums a unit's as soon as they are complete; who keeps only a part of the parameters
-gathers a unit's before use, one unit ahead, and frees them after it. A stage's list becomes
+Who keeps only a part of the gradients sums a unit's as soon as they are complete; who keeps only a part of the
+parameters gathers a unit's before use, one unit ahead, and frees them after it. A stage's list becomes
 
     F0.0                ->  G0.0 G0.1 F0.0/0 X0.0 G0.2 F0.0/1 X0.1 F0.0/2 ...
     B0.0 (2 units)      ->  B0.0/1 R0/1 B0.0/0 R0/0
