@@ -14,6 +14,10 @@ from megacore.layout.shards import Run
 from megacore.mesh.group import Group
 from megacore.spec import ParamSpec
 
+LONGEST = 1 << 18
+"""Elements of a part, so that torch may add up its squares in single precision: on CPU the norm of 33 million normal
+numbers was off by 2e-3 at once, by 1e-6 in such parts."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -26,7 +30,7 @@ class Part:
 
 
 class Counted:
-    """The parts of ``runs`` that count on this rank, run after run.
+    """The parts of ``runs`` that count on this rank, run after run, none longer than ``LONGEST``.
 
     ``specs`` are all parameters of the model in global order, ``copies`` the names of those that are here but counted
     by another pipeline rank. ``place_of_run`` is each run's parameter in that order, whether it counts here or not.
@@ -38,11 +42,12 @@ class Counted:
         places = {spec.name: place for place, spec in enumerate(specs)}
         self.place_of_run = tuple(places[run.name] for run in runs)
         self.parts = tuple(
-            Part(number, max(start, run.start) - run.start, min(stop, run.stop) - run.start, place)
+            Part(number, first - run.start, min(first + LONGEST, last) - run.start, place)
             for number, (run, place) in enumerate(zip(runs, self.place_of_run))
             if run.name not in copies
             for start, stop in own_elements(specs[place], tp)
-            if max(start, run.start) < min(stop, run.stop)
+            for last in [min(stop, run.stop)]
+            for first in range(max(start, run.start), last, LONGEST)
         )
 
     def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -8,7 +8,7 @@ from megacore.layout.partition import Segment
 from megacore.layout.shards import Run
 from megacore.mesh.group import Group
 from megacore.mesh.mesh import ParallelMesh
-from megacore.optim.counted import Counted
+from megacore.optim.counted import LONGEST, Counted
 from megacore.optim.norm import GlobalNorm
 from megacore.spec import ParamSpec
 from megacore.spec.params import columns
@@ -83,6 +83,15 @@ def test_what_has_no_run_has_no_part_in_the_norm() -> None:
 def test_a_rank_without_runs_has_nothing_to_count() -> None:
     mesh = ParallelMesh.single()
     assert GlobalNorm([], SPECS, mesh, mesh.dp_shard)([]).item() == 0.0
+
+
+def test_a_long_gradient_has_as_exact_a_norm_as_a_short_one() -> None:
+    number = 1 << 23
+    mesh = ParallelMesh.single()
+    norm = GlobalNorm([Run("w", 0, number, 0)], [ParamSpec("w", (number,))], mesh, mesh.dp_shard)
+    grad = torch.randn(number, generator=torch.Generator().manual_seed(0))
+    assert norm([grad]).item() == pytest.approx(grad.double().norm().item(), rel=1e-5)
+    assert len(norm.counted.parts) == number // LONGEST
 
 
 @pytest.mark.parametrize("rank", range(4))
