@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="megacore bench", description=__doc__.partition(": ")[2])
     parser.set_defaults(report="megacore.bench.report", found="comparisons")
-    groups = parser.add_subparsers(dest="benchmark", required=True, metavar="{data,train,pipeline,bubble,optim}")
+    groups = parser.add_subparsers(dest="benchmark", required=True, metavar="{data,train,pipeline,zero,bubble,optim}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print JSON instead of a table")
     common.add_argument("--output", metavar="FOLDER", help="also write JSON and CSV there")
@@ -64,6 +64,13 @@ def parser() -> argparse.ArgumentParser:
     )
     pipeline.add_argument("--rounds", type=int, default=20, help="timed steps of each side (default 20)")
     pipeline.set_defaults(measure=measure_pipeline)
+    zero = groups.add_parser(
+        "zero",
+        parents=[common, cases, keys],
+        help="a training step under ZeRO at dp=2 and 4 against DDP, ZeroRedundancyOptimizer and FSDP2",
+    )
+    zero.add_argument("--rounds", type=int, default=20, help="timed steps of each side (default 20)")
+    zero.set_defaults(measure=measure_zero)
     bubble = groups.add_parser(
         "bubble", parents=[common, cases], help="the idle share of pipelines of sleeping stages against the simulator's"
     )
@@ -125,6 +132,19 @@ def measure_pipeline(arguments: argparse.Namespace) -> list["Comparison"]:
     comparisons = []
     for case in chosen(arguments.case, CASES):
         with ranks("megacore.bench.pipeline:measure", case.pp, case.name, config, arguments.rounds) as result:
+            comparisons.append(collect(case, config, result))
+    return comparisons
+
+
+def measure_zero(arguments: argparse.Namespace) -> list["Comparison"]:
+    """Training steps that share state among ranks: each case on fresh processes."""
+    from megacore.bench.train import configure
+    from megacore.bench.zero import CASES, collect
+
+    config = configure(arguments.overrides)
+    comparisons = []
+    for case in chosen(arguments.case, CASES):
+        with ranks("megacore.bench.zero:measure", case.dp, case.name, config, arguments.rounds) as result:
             comparisons.append(collect(case, config, result))
     return comparisons
 
