@@ -68,6 +68,7 @@ class Lending:
         self.coming: dict[int, Pending] = {}
         self.here: dict[int, Tensor] = {}
         self.grads: dict[int, Tensor] = {}
+        self.owing: list[set[tuple[int, int]]] = [set() for _ in names]
 
     def gather(self, bucket: int) -> None:
         """Begin to bring a bucket's parameters; each call is answered by one of ``free``."""
@@ -95,14 +96,22 @@ class Lending:
             for slot in self.slots[bucket]:
                 hide(self.parameters[slot.name], slot)
 
-    def open_grads(self, bucket: int) -> None:
-        """Zeros for backward to add to, unless another unit has opened them."""
+    def open_grads(self, bucket: int, unit: tuple[int, int]) -> None:
+        """Zeros for a unit's backward to add to, unless they are there for another unit, or for weight gradients that
+        were put off."""
+        self.owing[bucket].add(unit)
         if bucket in self.grads:
             return
         start, end = self.layout.buckets[bucket]
         buffer = self.grads[bucket] = self.grad_buffers.take(end - start).zero_()
         for slot in self.slots[bucket]:
             set_gradient(self.parameters[slot.name], slot.of(buffer, start))
+
+    def are_complete(self, bucket: int, unit: tuple[int, int]) -> bool:
+        """Take note that nothing of a unit is outstanding; whether that is so of all that share the bucket, as the two
+        ends of a model with tied weights do."""
+        self.owing[bucket].discard(unit)
+        return not self.owing[bucket]
 
     def close_grads(self, bucket: int) -> Tensor:
         """The whole bucket's gradients, to be summed and then given back to ``grad_buffers``."""

@@ -97,7 +97,8 @@ class Storage:
     def reduce(self, unit: Unit) -> None:
         """Begin to sum the gradients of a unit, or of a whole stage (unit -1), over data-parallel ranks."""
         for bucket in self.buckets[unit]:
-            self.pending.append(self._reduce(bucket))
+            if not self.policy.grads or self.lending.are_complete(bucket, unit):
+                self.pending.append(self._reduce(bucket))
         while self.policy.grads and len(self.pending) > UNDER_WAY:
             self.pending.popleft().wait()
 
@@ -117,7 +118,7 @@ class Storage:
             if self.policy.params:
                 self.lending.arrive(bucket)
             if backward and self.policy.grads:
-                self.lending.open_grads(bucket)
+                self.lending.open_grads(bucket, unit)
 
     def settle(self) -> None:
         """Wait for the sums over data-parallel ranks that have begun."""

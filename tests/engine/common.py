@@ -11,6 +11,7 @@ from megacore.mesh.group import CommLog
 from megacore.mesh.rank_info import RankInfo
 from megacore.model.inputs import Inputs
 from megacore.spec import ModelSpec
+from megacore.spec.settings import settings_of
 from megacore.train.build import Built, build
 from megacore.verify.measure import Piece, pieces_of
 from megacore.verify.samples import dealt, made_up
@@ -67,10 +68,11 @@ def parts(built: Built, which: str) -> list[Piece]:
 
 
 def assemble(config: RunConfig, of_ranks: list[list[Piece]]) -> dict[str, Tensor]:
-    """Global tensors from all ranks' parts; copies must agree bit for bit."""
-    whole = {
-        spec.name: torch.full(spec.shape, torch.nan, dtype=torch.float64) for spec in ModelSpec.of(config.model).params
-    }
+    """Global tensors of what is trained from all ranks' parts; copies must agree bit for bit."""
+    params = ModelSpec.of(config.model).params
+    of = settings_of(params, config.optim)
+    trained = (spec for spec in params if not of[spec.name].frozen)
+    whole = {spec.name: torch.full(spec.shape, torch.nan, dtype=torch.float64) for spec in trained}
     for rank_parts in of_ranks:
         for piece in rank_parts:
             place = piece.of(whole[piece.name])
