@@ -224,7 +224,7 @@ class PipelineEngine:
             # the output itself is not kept: the graph only needs to know where it ended
             self.live[number, microbatch, unit] = x, get_gradient_edge(end) if end.requires_grad else None
             self.peak_live = max(self.peak_live, len({at[:2] for at in self.live}))
-        elif unit == stage.num_units - 1:
+        elif unit != WHOLE and unit == stage.num_units - 1:
             self.shared.pop(at, None)
 
     def _pass_on(self, out: Tensor | Loss, number: int, microbatch: int, unit: int) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from megacore.mesh.rank_info import RankInfo
 from megacore.pipeline.engine import PipelineEngine
-from megacore.sharding import reduce
+from megacore.sharding import storage
 from megacore.train.build import Built
 from megacore.verify import ranks
 from megacore.verify.measure import Finding, Yardstick, findings
@@ -18,7 +18,7 @@ from megacore.verify.measure import Finding, Yardstick, findings
 
 def without_sums_over_tp(info: RankInfo, *args: Any) -> None:
     """What is partial over tp stays so."""
-    with mock.patch.object(reduce, "_sum_together", lambda tensors, group: None):
+    with mock.patch.object(storage, "_sum_together", lambda tensors, group: None):
         ranks.work(info, *args)
 
 

@@ -132,7 +132,7 @@ def test_a_rank_that_fails_ends_it_and_the_layout_is_named(verify: Verify, how: 
 
 
 def test_wrong_input_starts_nothing(verify: Verify) -> None:
-    code, told, err = verify("--layouts", "tp=3;dp=2,zero=3;tpp=1;tp=4,dp=4")
+    code, told, err = verify("--layouts", "tp=3;cp=2;tpp=1;tp=4,dp=4")
     assert (code, told) == (2, {})
     assert err.startswith("megacore: 5 problems:\n") and "Traceback" not in err
     assert run("megacore.tools.verify", []) == 2

@@ -77,12 +77,12 @@ def test_own_data_if_it_is_here(tmp_path: Path) -> None:
 
 def test_everything_wrong_is_told_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        make_plan(demo("model.vocab_size=0"), "tp=3;dp=2,zero=3;pp=4,tp=4;x=1;pp=7", 8, None, False)
+        make_plan(demo("model.vocab_size=0"), "tp=3;cp=2;pp=4,tp=4;x=1;pp=7", 8, None, False)
     problems = "\n".join(caught.value.problems)
     for part in (
         "layout x=1: x is not a key",
         "layout tp=3: parallel.tp=3 does not divide model.num_heads=4; use 2 or 4",
-        "layout dp=2,zero=3: parallel.zero=3 is not supported yet",
+        "layout cp=2: parallel.cp=2 is not supported yet",
         "layout pp=4,tp=4: needs 16 ranks, more than --max-ranks=8; give --max-ranks=16",
         "layout pp=7: parallel.pp*chunks makes 7 stages",
         "model.vocab_size=0",
