@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 from megacore.config.pipeline import num_chunks
-from megacore.config.schema import ModelConfig, OptimConfig, ParallelConfig, RunConfig
+from megacore.config.schema import ModelConfig, OptimConfig, ParallelConfig, PrecisionConfig, RunConfig
 from megacore.config.settings import resolve_settings
 
 GATED = frozenset({"swiglu", "geglu"})
@@ -20,6 +20,7 @@ def resolve(config: RunConfig, world_size: int) -> RunConfig:
         model=resolve_model(config.model, config.train.seq_len),
         parallel=resolve_parallel(config.parallel, world_size),
         optim=resolve_optim(config.optim, config.train.steps),
+        precision=resolve_precision(config.precision),
     )
 
 
@@ -53,6 +54,17 @@ def resolve_optim(optim: OptimConfig, steps: int) -> OptimConfig:
     decay_steps = optim.decay_steps or steps
     tenth = min(max(1, decay_steps // 10), max(0, decay_steps - optim.warmup_steps))
     return replace(resolve_settings(optim), decay_steps=decay_steps, wsd_decay_steps=optim.wsd_decay_steps or tenth)
+
+
+def resolve_precision(precision: PrecisionConfig) -> PrecisionConfig:
+    """The formats with the loss scaling and the sums' format that follow from the numbers trained in."""
+    scale = precision.loss_scale
+    if scale == "auto":
+        scale = "dynamic" if precision.dtype == "fp16" else "off"
+    reduce = precision.grad_reduce_dtype
+    if reduce == "auto":
+        reduce = "fp64" if precision.dtype == "fp64" else "fp32"
+    return replace(precision, loss_scale=scale, grad_reduce_dtype=reduce)
 
 
 def resolve_parallel(parallel: ParallelConfig, world_size: int) -> ParallelConfig:

@@ -181,15 +181,27 @@ def _param_groups(config: RunConfig, world_size: int | None) -> Iterator[str]:
     yield from param_group_problems(config.optim.groups)
 
 
-def _loss_scale(config: RunConfig, world_size: int | None) -> Iterator[str]:
+def _precision(config: RunConfig, world_size: int | None) -> Iterator[str]:
     p = config.precision
-    if p.loss_scale not in ("off", "dynamic") and not _is_positive(p.loss_scale):
-        yield f"precision.loss_scale={p.loss_scale} must be off, dynamic or a number above 0, such as 1024"
-    elif p.loss_scale == "dynamic" and p.loss_scale_start < p.loss_scale_min:
+    if p.loss_scale not in ("auto", "off", "dynamic") and not _is_positive(p.loss_scale):
+        yield f"precision.loss_scale={p.loss_scale} must be auto, dynamic, off or a number above 0, such as 1024"
+    elif p.dtype == "fp16" and p.loss_scale == "off":
+        yield (
+            "precision.loss_scale=off loses small gradients with precision.dtype=fp16; use dynamic or a number, such as "
+            "1024"
+        )
+    elif p.dtype != "fp16" and p.loss_scale not in ("auto", "off"):
+        yield (
+            f"precision.loss_scale={p.loss_scale} is for precision.dtype=fp16; {p.dtype} has the range of gradients: "
+            "leave it out"
+        )
+    elif p.dtype == "fp16" and p.loss_scale in ("auto", "dynamic") and p.loss_scale_start < p.loss_scale_min:
         yield (
             f"precision.loss_scale_start={p.loss_scale_start} is below loss_scale_min={p.loss_scale_min}; "
             f"use at least {p.loss_scale_min}"
         )
+    if p.master != "fp32" and p.dtype != "bf16":
+        yield f"precision.master={p.master} is for precision.dtype=bf16, not {p.dtype}; leave it out"
 
 
 def _data(config: RunConfig, world_size: int | None) -> Iterator[str]:
@@ -264,7 +276,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_offload, ("optim.offload", "optim.offload_folder", "train.device")),
     (_clipping, ("optim.clip", "optim.clip_grad")),
     (_param_groups, ("optim.groups",)),
-    (_loss_scale, ("precision",)),
+    (_precision, ("precision",)),
     (_data, ("data", "train.eval_every")),
     (_log, ("log.sample_every", "log.sample_prompts", "log.timeline_step", "train.steps")),
 )

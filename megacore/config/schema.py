@@ -182,12 +182,20 @@ class PrecisionConfig:
 
     dtype: str = key("fp32", "parameters and activations", ("fp64", "fp32", "bf16", "fp16"))
     fp8: str = key("off", "matrix products in FP8", ("off", "delayed", "current", "block"))
-    loss_scale: str = key("off", "fp16 loss scaling: off, dynamic or a number")
+    master: str = key(
+        "fp32",
+        "what 16-bit training updates; fp32: copies of the weights; split: the same, of which bf16 weights are the upper "
+        "halves and only the lower ones are kept; none: bf16 weights themselves, rounded by chance",
+        ("fp32", "split", "none"),
+    )
+    loss_scale: str = key("auto", "fp16 loss scaling: dynamic, a number or off; auto: dynamic under fp16, else off")
     loss_scale_start: float = key(65536.0, "dynamic: the first scale")
     loss_scale_every: int = key(2000, "dynamic: steps without overflow after which the scale is doubled")
     loss_scale_min: float = key(1.0, "dynamic: overflows halve the scale, but not below this")
     grad_reduce_dtype: str = key(
-        "auto", "format of gradient sums over ranks; auto: fp32, under fp64 fp64", ("auto", "fp64", "fp32", "bf16")
+        "auto",
+        "format in which gradients travel to be summed over data-parallel ranks; auto: fp32, under fp64 fp64",
+        ("auto", "fp64", "fp32", "bf16"),
     )
 
 

@@ -19,10 +19,8 @@ WORKS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "parallel.cp": (1,),
         "parallel.ep": (1,),
         "optim.offload": ("none", "nvme"),
-        "precision.dtype": ("fp32", "fp64"),
         "precision.fp8": ("off",),
-        "precision.loss_scale": ("off",),
-        "precision.grad_reduce_dtype": ("auto",),
+        "precision.master": ("fp32",),
         # Nothing is saved or resumed yet.
         **{f"checkpoint.{name}": (value,) for name, value in flatten(CheckpointConfig()).items()},
         "log.wandb": (False,),

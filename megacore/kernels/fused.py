@@ -64,26 +64,28 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Saves its input and one number per row. With p = grad * x, both sums of backward are products with p:
+    """Saves its input and one number per row, and computes in float32 at least. With p = grad * x, both sums of backward are products with p:
     the weight's gradient p^T r, and the row's mean of grad * weight * x, p weight (r = 1 / rms)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        inverse = torch.linalg.vector_norm(rows, dim=-1).square_().div_(rows.shape[1]).add_(eps).rsqrt_()
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        inverse = torch.linalg.vector_norm(rows, dim=-1, dtype=dtype).square_().div_(rows.shape[1]).add_(eps).rsqrt_()
         ctx.save_for_backward(rows, weight, inverse)
-        return torch.mul(rows, inverse[:, None]).mul_(weight).view(x.shape)
+        return torch.mul(rows, inverse[:, None]).mul_(weight).to(x.dtype).view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         rows, weight, inverse = ctx.saved_tensors
-        grad_rows = grad.reshape(rows.shape)
+        dtype = inverse.dtype
+        grad_rows, wide_weight = grad.reshape(rows.shape).to(dtype), weight.to(dtype)
         product = grad_rows * rows
         grad_weight = product.t() @ inverse
-        share = (product @ weight).mul_(inverse).mul_(inverse).mul_(inverse).div_(rows.shape[1])
+        share = (product @ wide_weight).mul_(inverse).mul_(inverse).mul_(inverse).div_(rows.shape[1])
         torch.mul(grad_rows, weight, out=product).mul_(inverse[:, None]).addcmul_(rows, share[:, None], value=-1)
-        return product.view(grad.shape), grad_weight, None
+        return product.to(rows.dtype).view(grad.shape), grad_weight.to(weight.dtype), None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

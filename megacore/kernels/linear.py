@@ -7,12 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+WIDENED = 1 << 20
+"""16-bit gradients that are made float32 at once."""
+
 
 @dataclass(frozen=True)
 class LinearKernel:
     """y [t, o] = x [t, i] w^T [i, o] and its two gradients.
 
-    forward(x, w): y. dgrad(grad [t, o], w [o, i]): [t, i]. wgrad(into [o, i], x, grad): adds grad^T x in place.
+    forward(x, w): y. dgrad(grad [t, o], w [o, i]): [t, i]. wgrad(into [o, i], x, grad): adds grad^T x in place; into may
+    be wider than x and grad, and then the sum over tokens is never in their 16 bits.
     """
 
     forward: Callable[[Tensor, Tensor], Tensor]
@@ -25,7 +29,38 @@ def _dgrad(grad_to: Tensor, weight_oi: Tensor) -> Tensor:
 
 
 def _wgrad(into_oi: Tensor, x_ti: Tensor, grad_to: Tensor) -> Tensor:
-    return into_oi.addmm_(grad_to.t(), x_ti)
+    if x_ti.dtype == into_oi.dtype:
+        return into_oi.addmm_(grad_to.t(), x_ti)
+    step = max(1, WIDENED // max(1, grad_to.shape[1]))
+    for x, grad in zip(x_ti.split(step), grad_to.split(step), strict=True):
+        into_oi.addmm_(grad.to(into_oi.dtype).t(), x.to(into_oi.dtype))
+    return into_oi
+
+
+def _widened_forward(x: Tensor, weight: Tensor) -> Tensor:
+    return functional.linear(x.float(), weight.float()).to(x.dtype)
+
+
+def _widened_dgrad(grad_to: Tensor, weight_oi: Tensor) -> Tensor:
+    return (grad_to.float() @ weight_oi.float()).to(grad_to.dtype)
+
+
+def widened_refuses(device: torch.device, dtype: torch.dtype) -> str:
+    """Why products in float32 of fp16 numbers cannot serve, or ''."""
+    if device.type != "cpu" or dtype != torch.float16:
+        return f"made for float16 on CPU, not {dtype} on {device.type}"
+    return ""
+
+
+def _wgrad_from_16_bits(into_oi: Tensor, x_ti: Tensor, grad_to: Tensor) -> Tensor:
+    return into_oi.add_(torch.mm(grad_to.t(), x_ti, out_dtype=into_oi.dtype))
+
+
+def from_16_bits_refuses(device: torch.device, dtype: torch.dtype) -> str:
+    """Why a product of 16-bit numbers that ends in float32 cannot serve, or ''."""
+    if device.type != "cuda" or dtype.itemsize != 2:
+        return f"made for 16-bit numbers on CUDA, not {dtype} on {device.type}"
+    return ""
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
@@ -49,7 +84,13 @@ def onednn_refuses(device: torch.device, dtype: torch.dtype) -> str:
 
 
 REFERENCE = LinearKernel(functional.linear, _dgrad, _wgrad)
-"""torch's own products (MKL, cuBLAS)."""
+"""torch's own products (MKL, oneDNN for bf16, cuBLAS)."""
+
+WIDENED_FP16 = LinearKernel(_widened_forward, _widened_dgrad, _wgrad)
+"""By way of float32: torch's own products of fp16 matrices took 8 to 100 times as long on an AMD CPU."""
+
+FROM_16_BITS = LinearKernel(functional.linear, _dgrad, _wgrad_from_16_bits)
+"""cuBLAS reads 16 bits and writes float32. Not run on a GPU yet."""
 
 ONEDNN = LinearKernel(_onednn, _onednn_dgrad, _wgrad)
 """oneDNN forward and to the input, measured 12-20% faster than MKL on an AMD CPU; MKL is the faster one for wgrad."""

@@ -1,5 +1,7 @@
 """Every fused operation in plain PyTorch: the meaning that all other backends are tested against.
 
+Means, variances and softmaxes of 16-bit numbers are float32.
+
 Shapes: x [..., h]; q [b, n, s, d], k and v [b, m, s, d] where m divides n (grouped queries).
 """
 
@@ -10,13 +12,15 @@ from torch import Tensor
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim (Zhang and Sennrich 2019)."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    wide = wide_of(x)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dim (Ba et al. 2016)."""
-    centred = x - x.mean(-1, keepdim=True)
-    return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight + bias
+    wide = wide_of(x)
+    centred = wide - wide.mean(-1, keepdim=True)
+    return (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight + bias).to(x.dtype)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -67,7 +71,12 @@ def attention(
         )
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    probabilities = scores.softmax(-1)
+    probabilities = wide_of(scores).softmax(-1)
     if keep is not None:
         probabilities = probabilities * keep
-    return probabilities @ v
+    return probabilities.to(v.dtype) @ v
+
+
+def wide_of(x: Tensor) -> Tensor:
+    """x in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megacore.kernels import fused, linear, reference
 from megacore.kernels.linear import LinearKernel
@@ -51,8 +52,21 @@ class Choice:
     rejected: tuple[str, ...]
 
 
+def _widened(attend: Function) -> Function:
+    """Attention by way of float32: of fp16 it took 20 times as long on an AMD CPU."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -> Tensor:
+        if mask is not None and mask.is_floating_point():
+            mask = mask.float()
+        return attend(q.float(), k.float(), v.float(), mask, *rest).to(q.dtype)
+
+    return attention
+
+
 TABLE: tuple[Kernel, ...] = (
     Kernel("linear", "onednn", linear.ONEDNN, linear.onednn_refuses),
+    Kernel("linear", "float32", linear.WIDENED_FP16, linear.widened_refuses),
+    Kernel("linear", "out_dtype", linear.FROM_16_BITS, linear.from_16_bits_refuses),
     Kernel("linear", "torch", linear.REFERENCE),
     Kernel("rms_norm", "fused", fused.rms_norm),
     Kernel("rms_norm", "reference", reference.rms_norm),
@@ -65,8 +79,10 @@ TABLE: tuple[Kernel, ...] = (
     Kernel("geglu", "reference", reference.geglu),
     Kernel("gelu", "reference", reference.gelu),
     Kernel("relu2", "reference", reference.relu2),
+    Kernel("attention", "float32", _widened(fused.attention), linear.widened_refuses),
     Kernel("attention", "sdpa", fused.attention),
     Kernel("attention", "reference", reference.attention),
+    Kernel("attention_dropout", "float32", _widened(reference.attention), linear.widened_refuses),
     Kernel("attention_dropout", "reference", reference.attention),
 )
 

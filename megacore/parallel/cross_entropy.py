@@ -10,7 +10,8 @@ all logits. Backward needs softmax = exp(l - own max) * exp(own max - max) / Z, 
 place, and the logits' gradient takes theirs.
 
 On the way, tokens go in chunks through the matrix product and the passes over its result, so that a chunk's logits
-are still in cache; and all microbatches use one piece of memory, the largest a step needs.
+are still in cache; and all microbatches use one piece of memory, the largest a step needs. Under 16-bit training this
+memory has 16 bits, while every chunk is computed in float32, and so are all sums and the loss.
 """
 
 from dataclasses import dataclass, field
@@ -105,11 +106,13 @@ class _LinearCrossEntropy(Function):
         spread_t = smoothing / ctx.vocab.size * grad_loss_t if smoothing else None
         grad_th = weight_vh.new_empty(len(exp_tv), weight_vh.shape[1])
         for rows in _chunks(exp_tv):
-            chunk = exp_tv[rows].mul_(softmax_t[rows, None])
+            chunk = exp_tv[rows].to(softmax_t.dtype).mul_(softmax_t[rows, None])
             if spread_t is not None:
                 chunk.sub_(spread_t[rows, None])
             if chunk.shape[1]:
                 chunk.scatter_add_(1, local_t[rows, None], -target_t[rows, None])
+            if chunk.dtype != exp_tv.dtype:
+                chunk = exp_tv[rows].copy_(chunk)
             grad_th[rows] = tp.linear.dgrad(chunk, weight_vh)
         start = reduce_scatter_start if tp.sequence else all_reduce_start
         summing = start(grad_th, tp.group)
@@ -135,18 +138,21 @@ def _exponentials(
 
     Returns own max [t] and parts [2 or 3, t]: the sum of exp, the target's logit, the sum of logits.
     """
-    parts = x_th.new_zeros(3 if want_sum else 2, len(x_th))
-    own_max_t = x_th.new_full((len(x_th),), -torch.inf)
+    dtype = torch.promote_types(x_th.dtype, torch.float32)
+    parts = x_th.new_zeros(3 if want_sum else 2, len(x_th), dtype=dtype)
+    own_max_t = x_th.new_full((len(x_th),), -torch.inf, dtype=dtype)
     if not exp_tv.shape[1]:
         return own_max_t, parts
     for rows in _chunks(exp_tv):
-        logits = tp.linear.forward(x_th[rows], weight_vh)
+        logits = tp.linear.forward(x_th[rows], weight_vh).to(dtype)
         parts[1, rows] = logits.gather(1, local_t[rows, None]).squeeze(1) * inside_t[rows]
         if want_sum:
             parts[2, rows] = logits.sum(1)
         own_max_t[rows] = logits.amax(1)
-        chunk = torch.sub(logits, own_max_t[rows, None], out=exp_tv[rows]).exp_()
+        chunk = torch.sub(logits, own_max_t[rows, None], out=exp_tv[rows] if exp_tv.dtype == dtype else logits).exp_()
         parts[0, rows] = chunk.sum(1)
+        if exp_tv.dtype != dtype:
+            exp_tv[rows] = chunk
     return own_max_t, parts
 
 

@@ -18,10 +18,8 @@ from megacore.mesh.group import Group, Pending
 def set_gradient(param: nn.Parameter, grad: Tensor | None) -> None:
     """Where backward adds a parameter's gradient: ``grad`` itself, or ``main_grad`` where that is of another dtype,
     which autograd would refuse."""
-    if grad is None or grad.dtype == param.dtype:
-        param.grad = grad
-    else:
-        param.main_grad = grad  # type: ignore[attr-defined]
+    own = grad is None or grad.dtype == param.dtype
+    param.grad, param.main_grad = (grad, None) if own else (None, grad)  # type: ignore[attr-defined]
 
 
 def add_to_main_grad(param: Tensor) -> None:

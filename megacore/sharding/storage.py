@@ -48,7 +48,7 @@ Shape = tuple[str, Sequence[int]]
 @dataclass(frozen=True)
 class Numbers:
     """Formats: of parameters; of gradients while they add up; of the weights that are updated (None: the parameters
-    themselves are); of gradients on their way (None: as they are)."""
+    themselves are); of gradients on their way to data-parallel ranks (None: as they are)."""
 
     params: torch.dtype
     grads: torch.dtype
@@ -76,6 +76,8 @@ class Storage:
     ) -> None:
         self.mesh, self.policy, self.numbers, self.specs = mesh, policy, numbers, specs
         self.shards = mesh.dp_shard if policy.optimizer else Group.single("dp_shard")
+        # what stays here is not rounded
+        self.wire = (numbers.reduce if mesh.dp_cp.size > 1 else None) or numbers.grads
         self.parameters = {name: param for unit in units.values() for name, param in unit.items()}
         groups = list(_groups(units, policy.by_unit, frozenset(alone), BUCKET_BYTES // numbers.grads.itemsize))
         # room for the largest of what tp ranks hold, so that all cut alike
@@ -214,12 +216,17 @@ class Storage:
             return self._scatter(whole).then(add)
         whole = self.grads[start:end]
         if self.shards.size == 1:
-            return all_reduce_start(whole, self.mesh.dp_cp)
+            return self._sum(whole)
         own = self.grads[slice(*piece_of((start, end), self.shards.rank, self.shards.size))]
         return self._scatter(whole).then(own.copy_)
 
+    def _sum(self, whole: Tensor) -> Pending:
+        if self.wire == whole.dtype:
+            return all_reduce_start(whole, self.mesh.dp_cp)
+        return all_reduce_start(whole.to(self.wire), self.mesh.dp_cp).then(whole.copy_)
+
     def _scatter(self, whole: Tensor) -> Pending:
-        return reduce_scatter_start(whole, self.shards).then(self._over_replicas)
+        return reduce_scatter_start(whole.to(self.wire), self.shards).then(self._over_replicas)
 
     def _over_replicas(self, x: Tensor) -> Tensor:
         """The sum over groups that shard the same: hybrid sharding, and ranks of cp."""

@@ -173,7 +173,7 @@ def numbers_of(precision: PrecisionConfig) -> Numbers:
     """The formats of a run: 16-bit parameters have gradients and master weights in fp32 (Micikevicius et al. 2018,
     section 3.1)."""
     params = dict(DTYPES)[precision.dtype]
-    reduce = None if precision.grad_reduce_dtype == "auto" else dict(DTYPES)[precision.grad_reduce_dtype]
+    reduce = dict(DTYPES)[precision.grad_reduce_dtype]
     if params.itemsize == 2:
         return Numbers(params, torch.float32, torch.float32, reduce)
     return Numbers(params, params, None, reduce)

@@ -144,11 +144,11 @@ def test_missing_shape_is_told():
 
 
 def test_rules_of_all_sections_are_told_at_once():
-    overrides = ["parallel.tp=3", "optim.lr=-1", "data.split=0,2", "train.batch_ramp=1", "precision.dtype=bf16"]
+    overrides = ["parallel.tp=3", "optim.lr=-1", "data.split=0,2", "train.batch_ramp=1", "precision.fp8=block"]
     with pytest.raises(ConfigError) as raised:
         check(load(None, overrides, "llama3-8b"), 3)
     told = str(raised.value)
-    for words in ("parallel.tp=3", "optim.lr=-1.0", "data.split", "train.batch_ramp", "precision.dtype=bf16"):
+    for words in ("parallel.tp=3", "optim.lr=-1.0", "data.split", "train.batch_ramp", "precision.fp8=block"):
         assert words in told
 
 
@@ -220,10 +220,8 @@ REFUSED = {
     "optim.groups": ("*.bias: lr_scale=0.1",),
     "optim.freeze": ("embedding.*",),
     "log.statistics_every": 10,
-    "precision.dtype": "bf16",
     "precision.fp8": "delayed",
-    "precision.loss_scale": "dynamic",
-    "precision.grad_reduce_dtype": "bf16",
+    "precision.master": "split",
     "checkpoint.save_every": 5,
     "checkpoint.keep": 2,
     "checkpoint.async_save": False,

@@ -110,10 +110,10 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(pool: WorkerPool, layout:
 def test_a_scale_that_is_none_is_refused(setting: str) -> None:
     problems = validate(load(None, [f"precision.loss_scale={setting}"], "demo"), None)
     assert [line.split("=")[0] for line in problems] == ["precision.loss_scale"]
-    assert "off, dynamic or a number above 0" in problems[0]
+    assert "auto, dynamic, off or a number above 0" in problems[0]
 
 
 def test_the_first_scale_is_no_smaller_than_the_least() -> None:
-    overrides = ["precision.loss_scale=dynamic", "precision.loss_scale_start=2", "precision.loss_scale_min=4"]
+    overrides = ["precision.dtype=fp16", "precision.loss_scale_start=2", "precision.loss_scale_min=4"]
     (problem,) = validate(load(None, overrides, "demo"), None)
     assert problem.startswith("precision.loss_scale_start=2.0 is below")
