@@ -132,6 +132,19 @@ def _schedule(config: RunConfig, world_size: int | None) -> Iterator[str]:
     yield from schedule_problems(config.parallel, config.train.batch_ramp)
 
 
+def _zero(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    """What ZeRO cuts, and what cannot be seen of lists that are walked by unit."""
+    p, timeline_step = config.parallel, config.log.timeline_step
+    dp = p.dp or (world_size or 0) // (p.tp * p.pp * p.cp)
+    if p.dp_shard and dp % p.dp_shard:
+        yield f"parallel.dp_shard={p.dp_shard} does not divide parallel.dp={dp}; use {_divisors(dp, p.dp_shard)}"
+    if timeline_step and p.zero >= 2:
+        yield (
+            f"log.timeline_step={timeline_step} times stages, but parallel.zero={p.zero} walks them unit by unit; "
+            "use parallel.zero=1, or leave timeline_step out"
+        )
+
+
 def _batch(config: RunConfig, world_size: int | None) -> Iterator[str]:
     """The global batch against what all ranks compute at once, at every size that a ramp passes."""
     p, t = config.parallel, config.train
@@ -187,8 +200,8 @@ def _precision(config: RunConfig, world_size: int | None) -> Iterator[str]:
         yield f"precision.loss_scale={p.loss_scale} must be auto, dynamic, off or a number above 0, such as 1024"
     elif p.dtype == "fp16" and p.loss_scale == "off":
         yield (
-            "precision.loss_scale=off loses small gradients with precision.dtype=fp16; use dynamic or a number, such as "
-            "1024"
+            "precision.loss_scale=off loses small gradients with precision.dtype=fp16; use dynamic or a number, such "
+            "as 1024"
         )
     elif p.dtype != "fp16" and p.loss_scale not in ("auto", "off"):
         yield (
@@ -271,6 +284,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_model, ("model", "parallel", "train.seq_len")),
     (_layout, ("parallel", "model.num_layers")),
     (_schedule, ("parallel.chunks", "parallel.schedule", "train.batch_ramp")),
+    (_zero, ("parallel", "log.timeline_step")),
     (_batch, ("parallel", "train")),
     (_optim, ("optim", "train.steps")),
     (_offload, ("optim.offload", "optim.offload_folder", "train.device")),

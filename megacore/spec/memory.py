@@ -5,7 +5,7 @@ depend on kernels and schedule and are not counted here yet.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -13,8 +13,10 @@ from megacore.config.optimizers import kept, state
 from megacore.config.schema import OptimConfig
 from megacore.config.settings import settings
 from megacore.layout.buffer import ALIGNMENT
+from megacore.layout.policy import ShardingPolicy
 from megacore.spec.matrices import is_hidden_matrix
 from megacore.spec.params import ParamSpec
+from megacore.spec.settings import is_frozen
 
 ITEM_BYTES = MappingProxyType({"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2})
 
@@ -37,12 +39,36 @@ class StateBytes:
 
 
 def state_bytes(
-    params: Iterable[ParamSpec], optim: OptimConfig, dtype: str, tp_rank: int = 0, tp: int = 1
+    params: Iterable[ParamSpec],
+    optim: OptimConfig,
+    dtype: str,
+    tp_rank: int = 0,
+    tp: int = 1,
+    zero: int = 0,
+    shards: int = 1,
+    runs: Mapping[str, int] | None = None,
 ) -> StateBytes:
-    """What member ``tp_rank`` of ``tp`` holds of ``params``, everything in ``dtype`` (no ZeRO, no master weights)."""
-    held = [(param, param.local_numel(tp_rank, tp)) for param in params]
-    size = sum(numel for _, numel in held) * ITEM_BYTES[dtype]
-    return StateBytes(size, size, sum(optimizer_bytes(optim, dtype, param, numel) for param, numel in held))
+    """What member ``tp_rank`` of ``tp`` holds of ``params``, everything in ``dtype`` (no master weights), while no unit
+    is at work: stages 2 and 3 then hold that unit's whole gradients and parameters, too.
+
+    ZeRO stage ``zero`` cuts state over ``shards`` ranks (Rajbhandari et al. 2020, section 5). ``runs`` are the elements
+    of each parameter that one of them owns; an even share, rounded up, if they are not given. What is frozen is whole
+    everywhere and has neither gradients nor state.
+    """
+    policy, item = ShardingPolicy.of(zero), ITEM_BYTES[dtype]
+    held = whole = owned = optimizer = 0
+    for param in params:
+        numel = param.local_numel(tp_rank, tp)
+        if is_frozen(param.name, optim):
+            held += numel
+            continue
+        own = numel
+        if policy.optimizer:
+            own = -(-numel // shards) if runs is None else runs.get(param.name, 0)
+        whole, owned = whole + numel, owned + own
+        optimizer += optimizer_bytes(optim, dtype, param, own)
+    held += owned if policy.params else whole
+    return StateBytes(held * item, (owned if policy.grads else whole) * item, optimizer)
 
 
 def optimizer_bytes(optim: OptimConfig, dtype: str, param: ParamSpec, numel: int) -> int:

@@ -34,13 +34,17 @@ def settings_of(specs: Sequence[ParamSpec], optim: OptimConfig) -> Mapping[str, 
     for spec in specs:
         usual = optim.weight_decay if spec.decay else 0.0
         group = next((each for each in param_groups(optim.groups) if fnmatchcase(spec.name, each.pattern)), None)
-        frozen = any(fnmatchcase(spec.name, pattern) for pattern in optim.freeze)
         settings[spec.name] = UpdateSettings(
             weight_decay=usual if group is None or group.weight_decay is None else group.weight_decay,
             lr_scale=1.0 if group is None or group.lr_scale is None else group.lr_scale,
-            frozen=frozen,
+            frozen=is_frozen(spec.name, optim),
         )
     return settings
+
+
+def is_frozen(name: str, optim: OptimConfig) -> bool:
+    """Whether the parameter is not trained."""
+    return any(fnmatchcase(name, pattern) for pattern in optim.freeze)
 
 
 def _problems(names: Sequence[str], optim: OptimConfig) -> Iterator[str]:

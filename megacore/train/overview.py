@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megacore.config.schema import RunConfig
+from megacore.config.pipeline import is_own_schedule
+from megacore.config.schema import ParallelConfig, RunConfig
 from megacore.data.sampler import BatchPlan
 from megacore.layout.layout import Layout
+from megacore.layout.policy import ShardingPolicy
 from megacore.monitor.console import human_bytes, human_count
 from megacore.spec import ModelSpec
 from megacore.spec.memory import state_bytes
 from megacore.train.pipeline_overview import Pipeline
+from megacore.train.schedule import num_microbatches
 
 if TYPE_CHECKING:
     from megacore.data.source import Source
@@ -27,7 +30,10 @@ def overview(config: RunConfig, spec: ModelSpec, layout: Layout, device: str, da
     ranks = "1 process" if layout.world == 1 else f"{layout.world} processes"
     pipeline = Pipeline.of(config)
     states = [
-        state_bytes(params, config.optim, config.precision.dtype, tp=layout.tp) for params in pipeline.params(spec)
+        state_bytes(
+            params, config.optim, config.precision.dtype, tp=layout.tp, zero=layout.zero, shards=layout.dp_shard
+        )
+        for params in pipeline.params(spec)
     ]
     state = max(states, key=lambda each: each.total)
     sequence = ", sequence parallel" if config.parallel.sequence_parallel and layout.tp > 1 else ""
@@ -35,6 +41,7 @@ def overview(config: RunConfig, spec: ModelSpec, layout: Layout, device: str, da
         f"model    {m.family}, {human_count(spec.num_params)} parameters: {m.num_layers} layers, "
         f"hidden {m.hidden_size}, {m.num_heads} heads ({m.num_kv_heads} kv), vocabulary {m.vocab_size}",
         f"layout   {layout.describe()}{sequence}: {ranks} on {device}, {config.precision.dtype}",
+        *sharding_lines(config, layout),
         *pipeline.lines(),
         f"batch    {t.global_batch_size} x {t.seq_len} tokens{ramp(config)}, microbatches of {t.micro_batch_size}; "
         f"{t.steps} steps",
@@ -42,6 +49,31 @@ def overview(config: RunConfig, spec: ModelSpec, layout: Layout, device: str, da
         f"state    {'at most ' if len(states) > 1 else ''}{human_bytes(state.total)} per rank: parameters "
         f"{human_bytes(state.params)}, gradients {human_bytes(state.grads)}, optimizer {human_bytes(state.optimizer)}",
     ]
+
+
+def sharding_lines(config: RunConfig, layout: Layout) -> list[str]:
+    """What ZeRO cuts and what that costs; nothing where nothing is cut."""
+    policy, ranks = ShardingPolicy.of(layout.zero), layout.dp_shard
+    if not policy.optimizer or ranks == 1:
+        unused = f"parallel.dp_shard={ranks} cuts nothing with parallel.zero=0" if ranks != layout.dp else ""
+        return [f"zero     {unused}"] if unused else []
+    parts = ["optimizer state", *["gradients"] * policy.grads, *["parameters"] * policy.params]
+    copies = f", {layout.dp_replicate} copies" if layout.dp_replicate > 1 else ""
+    lines = [f"zero     stage {layout.zero}: {', '.join(parts)} cut over {ranks} ranks{copies}"]
+    number = num_microbatches(config)
+    if policy.grads and number > 1:
+        price = f"gradients travel {number} times a step, once per microbatch"
+        if policy.params:
+            price += ", and parameters are gathered twice in each"
+        if is_split(config.parallel):
+            price += f"; {config.parallel.schedule} keeps whole gradients of units until their weights' turn"
+        lines.append(f"warning  {price}; parallel.zero=1 sums once a step")
+    return lines
+
+
+def is_split(parallel: ParallelConfig) -> bool:
+    """Whether the schedule takes weight gradients later than those of inputs; a list of one's own may."""
+    return parallel.schedule.startswith("zb-") or parallel.schedule == "dualpipe-v" or is_own_schedule(parallel)
 
 
 def ramp(config: RunConfig) -> str:

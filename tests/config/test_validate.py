@@ -55,6 +55,17 @@ BROKEN = [
         "train.batch_ramp=[1, 1, 10] changes the number of microbatches",
     ),
     (["log.timeline_step=101"], 1, "log.timeline_step=101 comes after the last step, train.steps=100; use at most 100"),
+    (
+        ["log.timeline_step=3", "parallel.zero=2", "train.global_batch_size=4"],
+        2,
+        "log.timeline_step=3 times stages, but parallel.zero=2 walks them unit by unit; use parallel.zero=1",
+    ),
+    (
+        ["parallel.dp=4", "parallel.dp_shard=3", "parallel.zero=1", "train.global_batch_size=4"],
+        4,
+        "parallel.dp_shard=3 does not divide parallel.dp=4; use 2 or 4",
+    ),
+    (["parallel.dp_shard=4", "train.global_batch_size=6"], 6, "does not divide parallel.dp=6; use 3 or 6"),
     (["model.num_heads=33"], 1, "does not divide model.hidden_size=4096; use 32 or 64, or give model.head_dim"),
     (["model.num_kv_heads=5"], 1, "model.num_kv_heads=5 does not divide model.num_heads=32; use 4 or 8"),
     (["model.head_dim=63"], 1, "model.head_dim=63 is odd"),
@@ -154,6 +165,8 @@ def test_rules_of_all_sections_are_told_at_once():
 
 LEGAL = [
     ([], 1),
+    (["parallel.dp=4", "parallel.dp_shard=2", "parallel.zero=3"], 4),
+    (["parallel.dp=4", "parallel.dp_shard=2"], 4),  # idle with parallel.zero=0
     (["parallel.tp=16"], 16),  # twice as many ranks as kv heads
     (["parallel.tp=2", "parallel.sequence_parallel=true", "model.vocab_size=1003", "model.num_layers=3"], 2),
     (["parallel.sequence_parallel=true"], 1),  # inactive
@@ -211,15 +224,7 @@ REFUSED = {
     "model.top_k": 2,
     "parallel.cp": 2,
     "parallel.ep": 2,
-    "parallel.zero": 1,
-    "optim.name": "lion",
-    "optim.state_dtype": "bf16",
-    "optim.state_rounding": "stochastic",
-    "optim.offload": "nvme",
-    "optim.clip": "adagc",
-    "optim.groups": ("*.bias: lr_scale=0.1",),
-    "optim.freeze": ("embedding.*",),
-    "log.statistics_every": 10,
+    "optim.offload": "cpu",
     "precision.fp8": "delayed",
     "precision.master": "split",
     "checkpoint.save_every": 5,
@@ -249,7 +254,7 @@ def test_what_is_not_built_is_refused(key):
 
 def test_other_factorings_are_refused():
     config = load(None, ["parallel.tp=2", "parallel.dp=4", "parallel.dp_shard=2", "parallel.etp=1"], "demo")
-    assert [line.split("=")[0] for line in unsupported(config)] == ["parallel.dp_shard", "parallel.etp"]
+    assert [line.split("=")[0] for line in unsupported(config)] == ["parallel.etp"]
     assert not list(unsupported(resolve(load(None, ["parallel.tp=2"], "demo"), 8)))
 
 

@@ -1,36 +1,97 @@
 """Bytes of state by arithmetic against those of real buffers."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import pytest
 
-from megacore.config.schema import OptimConfig
+from megacore.config.schema import OptimConfig, RunConfig
+from megacore.layout.buffer import ALIGNMENT
+from megacore.layout.policy import ShardingPolicy
 from megacore.monitor.console import human_bytes
-from megacore.spec import ModelSpec
-from megacore.spec.memory import state_bytes
+from megacore.spec import ModelSpec, ParamSpec
+from megacore.spec.memory import StateBytes, state_bytes
+from megacore.spec.settings import is_frozen
 from megacore.train.pipeline_overview import Pipeline
 from tests.engine.common import built_rank, run_config
 from tests.pool import WorkerPool
 
 
-def held(rank: int, world_size: int, overrides: tuple[str, ...]) -> tuple[int, int, int]:
-    """Elements of slots times their size: parameters, gradients, optimizer state."""
+class Held(NamedTuple):
+    """Of one rank: bytes of what lies in buffers, gaps left out; the elements it owns of each parameter; gaps."""
+
+    params: int
+    grads: int
+    optimizer: int
+    runs: dict[str, int]
+    gaps: int
+
+
+def held(rank: int, world_size: int, overrides: tuple[str, ...]) -> Held:
     built = built_rank(rank, world_size, run_config(world_size, *overrides))
-    size = built.storage.params.element_size()
-    bytes_of_slots = sum(slot.numel for slot in built.storage.layout.slots) * size
-    state = vars(built.trainer.optimizer)
-    buffers = [state[name] for name in ("first", "second", "velocity") if state.get(name) is not None]
-    return bytes_of_slots, bytes_of_slots, bytes_of_slots * len(buffers)
+    storage, state = built.storage, built.trainer.rule.state()
+    own, whole = (sum(each.numel for each in parts) for parts in (storage.runs, storage.layout.slots))
+    item = storage.params.element_size()
+    params, grads = own if storage.policy.params else whole, own if storage.policy.grads else whole
+    frozen = sum(
+        param.numel() for stage in built.stages.values() for param in stage.parameters() if not param.requires_grad
+    )
+    gaps = len(storage.params) - params + len(storage.grads) - grads
+    optimizer = sum(tensor.nbytes for tensors in state.values() for tensor in tensors)
+    runs = {run.name: run.numel for run in storage.runs}
+    return Held((params + frozen) * item, grads * item, optimizer, runs, gaps)
 
 
-@pytest.mark.parametrize("rule", [("optim.name=adamw",), ("optim.name=sgd",), ("optim.name=sgd", "optim.momentum=0.9")])
-@pytest.mark.parametrize("tp", [1, 2, 4])
-def test_state_is_what_ranks_hold(pool: WorkerPool, tp: int, rule: tuple[str, ...]) -> None:
-    overrides = (f"parallel.tp={tp}", *rule)
+def expected_of(config: RunConfig, params: Sequence[ParamSpec], runs: dict[str, int], tp_rank: int = 0) -> StateBytes:
+    p = config.parallel
+    return state_bytes(params, config.optim, config.precision.dtype, tp_rank, p.tp, p.zero, p.dp_shard, runs)
+
+
+RULES = [
+    ("optim.name=adamw",),
+    ("optim.name=sgd",),
+    ("optim.name=sgd", "optim.momentum=0.9"),
+    ("optim.name=adafactor",),
+    ("optim.name=adam-mini", "optim.state_dtype=bf16"),
+    ("optim.name=muon", 'optim.freeze=["layers.1.*", "embedding.*"]'),
+    ("optim.name=adamw", "optim.state_dtype=int8"),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=" ".join)
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_state_is_what_ranks_hold(pool: WorkerPool, tp: int, dtype: str, rule: tuple[str, ...]) -> None:
+    overrides = (f"parallel.tp={tp}", f"precision.dtype={dtype}", *rule)
     config = run_config(tp, *overrides)
     spec = ModelSpec.of(config.model)
-    for rank, expected in enumerate(pool.run(held, tp, tp, overrides)):
-        state = state_bytes(spec.params, config.optim, config.precision.dtype, rank, tp)
-        assert (state.params, state.grads, state.optimizer) == expected
-        assert state.total == sum(expected)
+    for rank, ours in enumerate(pool.run(held, tp, tp, overrides)):
+        state = expected_of(config, spec.params, ours.runs, rank)
+        assert (state.params, state.grads, state.optimizer) == ours[:3]
+        assert state.total == sum(ours[:3])
+
+
+@pytest.mark.parametrize("rule", RULES, ids=" ".join)
+@pytest.mark.parametrize(("zero", "dp", "dp_shard"), [(1, 2, 2), (2, 2, 2), (3, 4, 4), (3, 4, 2)])
+def test_stages_hold_what_they_should(
+    pool: WorkerPool, zero: int, dp: int, dp_shard: int, rule: tuple[str, ...]
+) -> None:
+    """To the byte, given where buffers are cut; and an even share is right but for gaps."""
+    overrides = (f"parallel.zero={zero}", f"parallel.dp={dp}", f"parallel.dp_shard={dp_shard}", *rule)
+    config = run_config(dp, *overrides)
+    spec = ModelSpec.of(config.model)
+    ranks = pool.run(held, dp, dp, overrides)
+    for ours in ranks:
+        state = expected_of(config, spec.params, ours.runs)
+        assert (state.params, state.grads, state.optimizer) == ours[:3]
+        # at most 63 elements behind each parameter, and what makes the pieces of a bucket equal
+        most = ALIGNMENT * (len(spec.params) + dp_shard * (config.model.num_layers + 3))
+        assert 0 <= ours.gaps <= 2 * most
+        even = state_bytes(spec.params, config.optim, config.precision.dtype, 0, 1, zero, dp_shard)
+        assert abs(even.grads - state.grads) <= most * 8 and abs(even.params - state.params) <= most * 8
+    shards = ranks[:dp_shard]
+    trained = sum(param.numel for param in spec.params if not is_frozen(param.name, config.optim))
+    assert sum(sum(ours.runs.values()) for ours in shards) == trained, "every element is owned once"
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
@@ -39,9 +100,9 @@ def test_state_of_a_pipeline_is_what_its_ranks_hold(pool: WorkerPool, schedule: 
     overrides = ("parallel.pp=2", f"parallel.schedule={schedule}", f"model.tie_embeddings={str(tied).lower()}")
     config = run_config(2, *overrides)
     of_ranks = Pipeline.of(config).params(ModelSpec.of(config.model))
-    states = [state_bytes(params, config.optim, config.precision.dtype) for params in of_ranks]
-    expected = pool.run(held, 2, 2, overrides)
-    assert [(state.params, state.grads, state.optimizer) for state in states] == expected
+    for params, ours in zip(of_ranks, pool.run(held, 2, 2, overrides), strict=True):
+        state = expected_of(config, params, ours.runs)
+        assert (state.params, state.grads, state.optimizer) == ours[:3]
 
 
 def test_published_example_in_full_precision() -> None:
@@ -49,6 +110,27 @@ def test_published_example_in_full_precision() -> None:
     config = run_config(1)
     spec = ModelSpec.of(config.model)
     assert state_bytes(spec.params, OptimConfig(), "fp32").total == 16 * spec.num_params
+
+
+@pytest.mark.parametrize(
+    ("row", "zero", "published"), [("M0019", 0, 120), ("M0020", 1, 31.4), ("M0021", 2, 16.6), ("M0022", 3, 1.9)]
+)
+def test_published_example_of_zero(row: str, zero: int, published: float) -> None:
+    """GB per GPU of 7.5 billion parameters on 64 (Rajbhandari et al. 2020, figure 1): 2 bytes of parameters, 2 of
+    gradients and 12 of optimizer state each. What the stages cut is `ShardingPolicy`'s."""
+    policy = ShardingPolicy.of(zero)
+    parts = ((2, policy.params), (2, policy.grads), (12, policy.optimizer))
+    gigabytes = sum(7.5 * each / (64 if is_cut else 1) for each, is_cut in parts)
+    assert gigabytes == pytest.approx(published, abs=0.05), row
+
+
+@pytest.mark.parametrize("shards", [1, 2, 8])
+def test_bytes_per_parameter_in_full_precision(shards: int) -> None:
+    """M0017: fp32 parameters and gradients take 16 bytes, of which stage 1 cuts Adam's: 8 + 8/d."""
+    param = ParamSpec("weight", (shards * 10, 64))
+    assert state_bytes([param], OptimConfig(), "fp32").total == 16 * param.numel
+    assert state_bytes([param], OptimConfig(), "fp32", zero=1, shards=shards).total == (8 + 8 / shards) * param.numel
+    assert state_bytes([param], OptimConfig(), "fp32", zero=3, shards=shards).total == 16 / shards * param.numel
 
 
 @pytest.mark.parametrize(("number", "text"), [(950, "950 B"), (11_200, "11.2 kB"), (3.4e9, "3.40 GB"), (0, "0 B")])

@@ -61,6 +61,30 @@ def test_long_lists_are_shortened() -> None:
     assert activations_line([1.0, 1.0]) == "activations of up to 1 microbatch on each rank"
 
 
+def test_zero_is_described_with_its_price() -> None:
+    run = ("train.global_batch_size=8", "parallel.dp=4")
+    whole = lines_of(4, *run)
+    assert "zero" not in whole
+    one = lines_of(4, *run, "parallel.zero=1")
+    assert one["zero"] == "stage 1: optimizer state cut over 4 ranks" and "warning" not in one
+    three = lines_of(4, *run, "parallel.zero=3", "parallel.dp_shard=2", "parallel.schedule=zb-h1")
+    assert three["zero"] == "stage 3: optimizer state, gradients, parameters cut over 2 ranks, 2 copies"
+    assert three["warning"] == (
+        "gradients travel 2 times a step, once per microbatch, and parameters are gathered twice in each; "
+        "zb-h1 keeps whole gradients of units until their weights' turn; parallel.zero=1 sums once a step"
+    )
+    # 16 bytes per parameter, of which 8 and 16 are cut
+    total = {name: float(lines["state"].split()[0]) for name, lines in (("0", whole), ("1", one), ("3", three))}
+    assert total["1"] == pytest.approx(total["0"] * 10 / 16, rel=0.01)
+    assert total["3"] == pytest.approx(total["0"] / 2, rel=0.01)
+
+
+def test_sharding_that_does_nothing_is_said() -> None:
+    lines = lines_of(4, "train.global_batch_size=8", "parallel.dp=4", "parallel.dp_shard=2")
+    assert lines["zero"] == "parallel.dp_shard=2 cuts nothing with parallel.zero=0"
+    assert "zero" not in lines_of(1, "parallel.zero=3")
+
+
 @pytest.mark.parametrize("kind", ["gpipe", "interleaved", "zb-h1", "zb-h2", "dualpipe-v"])
 def test_every_kind_can_be_described(kind: str) -> None:
     lines = lines_of(2, "parallel.pp=2", f"parallel.schedule={kind}", "train.global_batch_size=3")
