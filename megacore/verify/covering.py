@@ -14,6 +14,8 @@ from megacore.verify.layouts import ONE, num_ranks, why_illegal
 
 Values = tuple[object, ...]
 CHUNKS = (1, 2, 3)
+STAGES = (1, 2, 3)
+"""Of ZeRO."""
 SEQUENCE = ((False, False), (True, False), (True, True))  # (sequence_parallel, regather_inputs)
 
 
@@ -27,8 +29,11 @@ def legal_layouts(run: RunConfig, max_ranks: int) -> list[ParallelConfig]:
             layout = replace(
                 _with(sizes, *way), sequence_parallel=sequence, regather_inputs=regather, recompute=recompute
             )
-            if values_of(layout) != values_of(ONE) and _fits(run, layout):
-                layouts.append(layout)
+            if not _fits(run, layout):
+                continue
+            # stages of ZeRO suit every layout with copies
+            each = [replace(layout, zero=zero, dp_shard=dp_shard) for zero, dp_shard in _sharding(sizes.dp)]
+            layouts += [one for one in each if values_of(one) != values_of(ONE)]
     return layouts
 
 
@@ -41,6 +46,14 @@ def _sizes(run: RunConfig, max_ranks: int) -> Iterator[ParallelConfig]:
         sizes = replace(ONE, tp=tp, pp=pp, dp=dp)
         if most % dp == 0 and num_ranks(sizes) <= max_ranks and _fits(run, sizes):
             yield sizes
+
+
+def _sharding(dp: int) -> Iterator[tuple[int, int]]:
+    """(zero, dp_shard) to be tried, 0 standing for all ranks; pairs that shard, if there are several of them."""
+    yield 0, 0
+    if dp > 1:
+        yield from ((zero, 0) for zero in STAGES)
+        yield from ((zero, 2) for zero in STAGES if dp % 2 == 0 and dp > 2)
 
 
 def _with(sizes: ParallelConfig, schedule: str, chunks: int) -> ParallelConfig:
@@ -61,7 +74,7 @@ def values_of(layout: ParallelConfig) -> Values:
     """Where a layout stands on every axis that is varied."""
     p = layout
     sequence = (p.sequence_parallel, p.regather_inputs)
-    return (p.tp, sequence, p.pp, p.schedule, num_chunks(p), p.stage_layers, p.dp, p.recompute)
+    return (p.tp, sequence, p.pp, p.schedule, num_chunks(p), p.stage_layers, p.dp, p.recompute, p.zero, p.dp_shard)
 
 
 def covering(layouts: Sequence[ParallelConfig]) -> list[ParallelConfig]:

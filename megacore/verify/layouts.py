@@ -64,6 +64,8 @@ def filled_in(given: Mapping[str, Any], run: ParallelConfig) -> ParallelConfig:
         unfit |= {"sequence_parallel", "regather_inputs"}
     if not given.get("sequence_parallel", True):
         unfit |= {"regather_inputs"}
+    if sizes["dp"] <= 1:
+        unfit |= {"zero"}
     if sizes["pp"] == 1 or "schedule" in given:
         unfit |= {"schedule", "chunks"}
     layout = replace(run, **{key: getattr(ONE, key) for key in unfit}, **sizes)
@@ -90,6 +92,8 @@ def label_of(layout: ParallelConfig) -> str:
     words = [f"{key}{getattr(layout, key)}" for key in SIZES if getattr(layout, key) > 1]
     if layout.sequence_parallel:
         words += ["sequence", "regather"] if layout.regather_inputs else ["sequence"]
+    if layout.zero:
+        words += [f"zero{layout.zero}", *[f"shard{layout.dp_shard}"] * (layout.dp_shard > 0)]
     if layout.stage_layers:
         words.append(f"layers {'+'.join(map(str, layout.stage_layers))}")
     return " ".join(words) or "one process"

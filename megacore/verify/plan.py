@@ -172,7 +172,7 @@ def choose(run: RunConfig, named: str | None, max_ranks: int, problems: list[str
     legal = legal_layouts(run, max_ranks)
     chosen = covering(legal)
     p = run.parallel
-    own = filled_in({"tp": p.tp, "pp": p.pp, "cp": p.cp, "ep": p.ep, "dp": max(1, p.dp)}, p)
+    own = filled_in({"tp": p.tp, "pp": p.pp, "cp": p.cp, "ep": p.ep, "dp": max(1, p.dp), "dp_shard": p.dp_shard}, p)
     is_new = values_of(own) not in {values_of(layout) for layout in (ONE, *chosen)}
     if is_new and not _unfit(run, "", own, max_ranks):
         chosen.append(own)

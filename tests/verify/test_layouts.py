@@ -88,6 +88,7 @@ def test_legal_layouts_are_those_that_validation_accepts(legal: list[ParallelCon
     axes = list(zip(*map(values_of, legal), strict=True))
     assert [set(axis) for axis in (axes[0], axes[2], axes[4])] == [{1, 2, 4}, {1, 2, 3, 4}, {1, 2, 3}]
     assert len(set(axes[3])) == 7 and len(set(axes[1])) == 3 and len(set(axes[7])) == 3
+    assert [set(axis) for axis in axes[8:]] == [{0, 1, 2, 3}, {0, 2}]
 
 
 def test_dp_sizes_share_a_batch(legal: list[ParallelConfig]) -> None:
@@ -110,4 +111,7 @@ def test_names_are_read_back(legal: list[ParallelConfig]) -> None:
     counted = filled_in({"pp": 2, "stage_layers": (4, 2), "tp": 2, "sequence_parallel": True}, ParallelConfig())
     assert list(read(text_of(counted)).values()) == [counted]
     assert label_of(counted) == "tp2 pp2 sequence layers 4+2"
+    hybrid = filled_in({"dp": 4, "dp_shard": 2}, ParallelConfig(zero=3))
+    assert (text_of(hybrid), label_of(hybrid)) == ("dp=4,dp_shard=2,zero=3", "dp4 zero3 shard2")
+    assert filled_in({"tp": 2}, ParallelConfig(zero=3)).zero == 0, "there is nothing to cut"
     assert (text_of(ONE), label_of(ONE)) == ("tp=1", "one process")
