@@ -5,9 +5,13 @@ parallelism as much (Korthikanti et al. 2022, section 4.2.2), regathering inputs
 moves 2 P (n-1)/n of P gradients per step.
 """
 
+from collections import Counter
+from typing import NamedTuple
+
 import pytest
 
 from megacore.config.schema import RunConfig
+from megacore.layout.buffer import ALIGNMENT
 from megacore.mesh.group import CommLog, CommRecord
 from tests.engine.common import built_rank, run_config, step_of
 from tests.pool import WorkerPool
@@ -122,3 +126,80 @@ def test_tensor_and_data_parallelism_together(pool: WorkerPool) -> None:
 
 def test_one_process_is_silent(pool: WorkerPool) -> None:
     assert logs(pool, 1)[0] == []
+
+
+class Sharded(NamedTuple):
+    """What a rank said of parameters and gradients in one step, and the elements that it has of them."""
+
+    records: list[CommRecord]
+    buckets: list[int]
+    of_units: list[int]
+    """Elements of each unit's buckets, from the embedding to the head."""
+
+
+def state_traffic_of_rank(rank: int, world_size: int, config: RunConfig) -> Sharded:
+    log = CommLog()
+    built = built_rank(rank, world_size, config, log)
+    log.clear()
+    step_of(built, step=1)
+    storage = built.storage
+    sizes = [end - start for start, end in storage.layout.buckets]
+    axes = ("dp_cp", "dp_shard", "dp_replicate")
+    # but for loss and count, and the norms of parameters
+    records = [each for each in log if each.axis in axes and each.num_elements >= ALIGNMENT]
+    return Sharded(records, sizes, [sum(sizes[bucket] for bucket in own) for own in storage.buckets.values()])
+
+
+def state_traffic(
+    pool: WorkerPool, ranks: int, num_microbatches: int, zero: int, *overrides: str
+) -> tuple[Sharded, float]:
+    """What each rank sends in a step for parameters and gradients, in elements; on all the same."""
+    batch = ("train.micro_batch_size=1", f"train.global_batch_size={ranks * num_microbatches}")
+    config = run_config(ranks, "optim.name=sgd", f"parallel.zero={zero}", *batch, *overrides)
+    results = pool.run(state_traffic_of_rank, ranks, ranks, config)
+    assert all(result == results[0] for result in results), "ranks must do the same in the same order"
+    size_of = {"dp_cp": ranks, "dp_shard": config.parallel.dp_shard, "dp_replicate": ranks // config.parallel.dp_shard}
+    return results[0], sum(record.wire_elements(size_of[record.axis]) for record in results[0].records)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_stages_0_to_2_move_two_psi(pool: WorkerPool, zero: int, ranks: int) -> None:
+    """M0023 to M0025: with one microbatch, 2 Psi (n - 1) / n (Rajbhandari et al. 2020, section 7)."""
+    seen, sent = state_traffic(pool, ranks, 1, zero)
+    psi = sum(seen.buckets)
+    assert sent == 2 * psi * (ranks - 1) / ranks
+    operations = Counter(record.operation for record in seen.records)
+    num = len(seen.buckets)
+    assert operations == ({"reduce_scatter": num, "all_gather": num} if zero else {"all_reduce": num})
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_stage_3_moves_three_psi(pool: WorkerPool, ranks: int) -> None:
+    """M0026: 3 Psi (n - 1) / n, but for the head, which stays between its forward and its backward."""
+    seen, sent = state_traffic(pool, ranks, 1, 3)
+    psi, head = sum(seen.of_units), seen.of_units[-1]
+    assert sent == (3 * psi - head) * (ranks - 1) / ranks
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_microbatches_multiply_the_traffic_of_stages_2_and_3(pool: WorkerPool, zero: int) -> None:
+    num_microbatches, ranks = 4, 2
+    seen, sent = state_traffic(pool, ranks, num_microbatches, zero)
+    psi, embedding, head = sum(seen.of_units), seen.of_units[0], seen.of_units[-1]
+    if zero < 2:
+        expected = 2 * sum(seen.buckets)
+    elif zero == 2:
+        expected = (num_microbatches + 1) * psi
+    else:  # where the next use is of the same unit, it stays: the head in each, the embedding between two
+        expected = 3 * num_microbatches * psi - num_microbatches * head - (num_microbatches - 1) * embedding
+    assert sent == expected * (ranks - 1) / ranks
+
+
+def test_hybrid_sharding_sums_a_share_over_the_copies(pool: WorkerPool) -> None:
+    """Scatter and gather within pairs; each rank's half is then summed with the other pair's."""
+    seen, sent = state_traffic(pool, 4, 1, 2, "parallel.dp_shard=2")
+    psi = sum(seen.buckets)
+    within, across = 2 * psi / 2, 2 * (psi / 2) / 2
+    assert sent == within + across
+    assert sum(each.num_elements for each in seen.records if each.axis == "dp_replicate") == psi / 2
