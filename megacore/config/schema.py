@@ -184,8 +184,8 @@ class PrecisionConfig:
     fp8: str = key("off", "matrix products in FP8", ("off", "delayed", "current", "block"))
     master: str = key(
         "fp32",
-        "what 16-bit training updates; fp32: copies of the weights; split: the same, of which bf16 weights are the upper "
-        "halves and only the lower ones are kept; none: bf16 weights themselves, rounded by chance",
+        "what 16-bit training updates; fp32: copies of the weights; split: the same, of which bf16 weights are the "
+        "upper halves and only the lower ones are kept; none: bf16 weights themselves, rounded by chance",
         ("fp32", "split", "none"),
     )
     loss_scale: str = key("auto", "fp16 loss scaling: dynamic, a number or off; auto: dynamic under fp16, else off")

@@ -20,7 +20,6 @@ WORKS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "parallel.ep": (1,),
         "optim.offload": ("none", "nvme"),
         "precision.fp8": ("off",),
-        "precision.master": ("fp32",),
         # Nothing is saved or resumed yet.
         **{f"checkpoint.{name}": (value,) for name, value in flatten(CheckpointConfig()).items()},
         "log.wandb": (False,),

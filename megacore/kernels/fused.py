@@ -64,7 +64,9 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Saves its input and one number per row, and computes in float32 at least. With p = grad * x, both sums of backward are products with p:
+    """Saves its input and one number per row; computes in float32 at least.
+
+    With p = grad * x, both sums of backward are products with p:
     the weight's gradient p^T r, and the row's mean of grad * weight * x, p weight (r = 1 / rms)."""
 
     @staticmethod

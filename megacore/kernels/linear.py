@@ -15,8 +15,8 @@ WIDENED = 1 << 20
 class LinearKernel:
     """y [t, o] = x [t, i] w^T [i, o] and its two gradients.
 
-    forward(x, w): y. dgrad(grad [t, o], w [o, i]): [t, i]. wgrad(into [o, i], x, grad): adds grad^T x in place; into may
-    be wider than x and grad, and then the sum over tokens is never in their 16 bits.
+    forward(x, w): y. dgrad(grad [t, o], w [o, i]): [t, i]. wgrad(into [o, i], x, grad): adds grad^T x in place; into
+    may be wider than x and grad, and then the sum over tokens is never in their 16 bits.
     """
 
     forward: Callable[[Tensor, Tensor], Tensor]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megacore.config.optimizers import kept
-from megacore.optim.moments import Plain, make_moment
+from megacore.optim.moments import make_moment, weights_of
 from megacore.optim.rule import Rule, Share
 
 CHUNKS = (("cpu", 1 << 16), ("cuda", 1 << 24))
@@ -30,7 +30,7 @@ class ElementWise(Rule):
             for name, kind in kept(self.kinds, settings).items()
         }
         # weights that are bf16 themselves are rounded as moments are
-        self.weights = Plain(share, "weight", self.clock, share.dtype, share.weights)
+        self.weights = weights_of(share, self.clock)
         self.chunk = dict(CHUNKS)[share.device.type]
         # 16-bit weights are updated in float32
         self.dtype = torch.promote_types(share.dtype, torch.float32)

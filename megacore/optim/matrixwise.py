@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from megacore.optim.matrices import Matrices
-from megacore.optim.moments import Moment, Plain
+from megacore.optim.moments import Moment, weights_of
 from megacore.optim.rule import Rule, Share
 from megacore.optim.taking import descend, whole
 
@@ -20,7 +20,7 @@ class MatrixWise(Rule):
         super().__init__(share, settings)
         self.matrices = Matrices(share)
         self.dtype = self.matrices.dtype
-        self.weights = Plain(share, "weight", self.clock, share.dtype, share.weights)
+        self.weights = weights_of(share, self.clock)
 
     def new_margins(self) -> Tensor:
         """Zeros for a number per row and one per column."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megacore.kernels import counter
+from megacore.kernels.halves import join, split
 from megacore.optim.quantise import BLOCK, codebook, decode, encode, lookup
 from megacore.optim.rounding import GlobalIndex, to_bf16
 from megacore.optim.rule import Share
@@ -33,9 +34,17 @@ class Moment(ABC):
 class Plain(Moment):
     """In floating point: ``data`` (1-D, one per run) in ``dtype``. ``clock`` keys the rounding to bf16 by chance."""
 
-    def __init__(self, share: Share, name: str, clock: Tensor, dtype: torch.dtype, data: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        share: Share,
+        name: str,
+        clock: Tensor,
+        dtype: torch.dtype,
+        data: Sequence[Tensor],
+        by_chance: bool | None = None,
+    ) -> None:
         self.share, self.clock, self.dtype, self.data = share, clock, dtype, data
-        self.by_chance = share.format.stochastic and dtype == torch.bfloat16
+        self.by_chance = (share.format.stochastic if by_chance is None else by_chance) and dtype == torch.bfloat16
         if self.by_chance:
             self.index = [GlobalIndex(spec, share.tp, share.device) for spec in share.specs]
             self.keys = [counter.key_of("rounding", share.format.seed, name, spec.name) for spec in share.specs]
@@ -53,6 +62,24 @@ class Plain(Moment):
 
     def tensors(self) -> Mapping[str, Sequence[Tensor]]:
         return {"": self.data}
+
+
+class Halves(Moment):
+    """The weights of a share that has them in two halves: read and written as float32, every bit of it."""
+
+    def __init__(self, share: Share) -> None:
+        assert share.lower is not None
+        self.upper, self.lower = share.weights, share.lower
+
+    def read(self, run: int, part: slice, dtype: torch.dtype) -> Tensor:
+        return join(self.upper[run][part], self.lower[run][part]).to(dtype)
+
+    def write(self, run: int, part: slice, value: Tensor, taken: Tensor) -> None:
+        for half, new in zip((self.upper, self.lower), split(value.to(torch.float32)), strict=True):
+            torch.where(taken, new, half[run][part], out=half[run][part])
+
+    def tensors(self) -> Mapping[str, Sequence[Tensor]]:
+        return {"": self.upper, ".lower": self.lower}
 
 
 class Blocks(Moment):
@@ -89,8 +116,16 @@ def make_moment(share: Share, name: str, clock: Tensor, signed: bool = True) -> 
     """A moment of zeros in the share's format; ``signed`` is whether it can be negative."""
     if share.format.kind == "int8":
         return Blocks(share, signed)
-    dtype = dict(DTYPES)[share.format.kind] or share.dtype
+    dtype = dict(DTYPES)[share.format.kind] or share.updated
     return Plain(share, name, clock, dtype, share.zeros(dtype))
+
+
+def weights_of(share: Share, clock: Tensor) -> Moment:
+    """The weights that are updated, as moments are read and written."""
+    if share.lower is not None:
+        return Halves(share)
+    by_chance = share.format.stochastic or share.format.stochastic_weights
+    return Plain(share, "weight", clock, share.dtype, share.weights, by_chance)
 
 
 def _blocks(part: slice) -> slice:

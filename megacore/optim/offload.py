@@ -86,6 +86,7 @@ class Offloaded(Rule):
             runs=of(share.runs),
             specs=of(share.specs),
             weights=of(share.weights),
+            lower=share.lower and of(share.lower),
             weight_decay=of(share.weight_decay),
             lr_scale=of(share.lr_scale),
             allocate=lambda numel, dtype, device: self.memory.zeros(bucket, numel, dtype),

@@ -30,7 +30,8 @@ class Share:
     runs: tuple[Run, ...]
     specs: tuple[ParamSpec, ...]
     weights: tuple[Tensor, ...]
-    """1-D and contiguous, in the dtype that is updated: master weights under 16-bit training."""
+    """1-D and contiguous, in the dtype that is updated: master weights under 16-bit training, unless they are these
+    bf16 numbers and ``lower``, or these alone. (Gradients are float32 then, too.)"""
     weight_decay: tuple[float, ...]
     """0 where decay does not apply."""
     lr_scale: tuple[float, ...]
@@ -43,6 +44,8 @@ class Share:
     device: torch.device
     format: StateFormat = StateFormat()
     """Of moments."""
+    lower: tuple[Tensor, ...] | None = None
+    """int16: the lower halves of weights of which ``weights`` are the upper ones (``kernels.halves``)."""
     allocate: Callable[[int, torch.dtype, torch.device], Tensor] = allocate_zeros
     """Gives the memory of ``zeros``."""
 
@@ -54,14 +57,19 @@ class Share:
             assert weight.shape == (run.numel,), (run, weight.shape)
             assert (weight.dtype, weight.device.type) == (self.dtype, self.device.type), (run, weight.dtype)
 
+    @property
+    def updated(self) -> torch.dtype:
+        """What is updated, in all its bits."""
+        return self.dtype if self.lower is None else torch.float32
+
     def zeros(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """One number per element, a 1-D tensor per run: views of one flat tensor that is laid out as the shard is.
 
-        They are of the weights' dtype if none is given.
+        They are as exact as the weights if no dtype is given.
         """
         start = min((run.offset for run in self.runs), default=0)
         size = max((run.offset + run.numel for run in self.runs), default=0) - start
-        flat = self.allocate(size, dtype or self.dtype, self.device)
+        flat = self.allocate(size, dtype or self.updated, self.device)
         return tuple(flat[run.offset - start :][: run.numel] for run in self.runs)
 
 

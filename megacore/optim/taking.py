@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megacore.optim.moments import Plain
+from megacore.optim.moments import Moment
 from megacore.optim.rule import Share
 
 
@@ -15,14 +15,14 @@ def put(taken: Tensor, state: Tensor, value: Tensor) -> None:
     torch.where(taken, value.to(state.dtype), state, out=state)
 
 
-def descend(taken: Tensor, share: Share, run: int, step: Tensor, lr: float, weights: Plain | None = None) -> None:
+def descend(taken: Tensor, share: Share, run: int, step: Tensor, lr: float, weights: Moment | None = None) -> None:
     """weights = (1 - lr * decay) * weights - lr * step, for one run, in the precision of ``step``.
 
     The decay is decoupled from the gradient (Loshchilov and Hutter 2019) and ``lr`` is scaled as the run's is.
-    ``weights`` are the share's, if they may be rounded by chance.
+    ``weights`` are the share's, if they may be rounded by chance or lie in halves.
     """
     part, rate, decay = whole(step), lr * share.lr_scale[run], share.weight_decay[run]
-    old = share.weights[run].to(step.dtype)
+    old = share.weights[run].to(step.dtype) if weights is None else weights.read(run, part, step.dtype)
     new = (old * (1 - rate * decay) if decay else old).sub(step, alpha=rate)
     if weights is None:
         put(taken, share.weights[run], new)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megacore.kernels.halves import join, split
 from megacore.layout.buffer import BufferLayout, groups_of_size
 from megacore.layout.policy import ShardingPolicy
 from megacore.layout.shards import Run, piece_of, runs_of
@@ -48,12 +49,14 @@ Shape = tuple[str, Sequence[int]]
 @dataclass(frozen=True)
 class Numbers:
     """Formats: of parameters; of gradients while they add up; of the weights that are updated (None: the parameters
-    themselves are); of gradients on their way to data-parallel ranks (None: as they are)."""
+    themselves are); of gradients on their way to data-parallel ranks (None: as they are). With ``split``, bf16
+    parameters are the upper halves of the float32 weights that are updated."""
 
     params: torch.dtype
     grads: torch.dtype
     master: torch.dtype | None = None
     reduce: torch.dtype | None = None
+    split: bool = False
 
 
 class Storage:
@@ -147,6 +150,12 @@ class Storage:
         for start, end, pending in gathering:
             self.params[start:end].copy_(pending.wait())
 
+    def values(self) -> tuple[Tensor, ...]:
+        """The weights that are updated, one per run, with all their bits: not to be written to."""
+        if self.lower is None:
+            return self.weights
+        return tuple(map(join, self.weights, self.lower))
+
     def whole(self, what: str) -> FlatBuffer:
         """All of this rank's ``grads`` or ``params``, for who wants to look: every rank of the group must call it."""
         source = self.grads if what == "grads" else self.params
@@ -171,17 +180,24 @@ class Storage:
         self.master = None
         if self.numbers.master is not None:
             self.master = torch.zeros(own, dtype=self.numbers.master, device=device)
+        lower = torch.zeros(own if self.numbers.split else 0, dtype=torch.int16, device=device)
+        exact = torch.float32 if self.numbers.split else self.numbers.master or self.numbers.params
         runs: dict[str, Run] = {run.name: run for run in self.runs}
         for name, param in self.parameters.items():
-            values = torch.zeros(param.shape, dtype=self.numbers.master or self.numbers.params, device=device)
+            values = torch.zeros(param.shape, dtype=exact, device=device)
             fill(name, values)
+            if self.numbers.split:
+                values, lower_values = split(values)
             self._place(param, name, values)
             if name in runs:
                 run, flat = runs[name], values.view(-1)
                 self._own_params(run).copy_(flat[run.start : run.stop])
+                if self.numbers.split:
+                    self._of_run(lower, run, True).copy_(lower_values.view(-1)[run.start : run.stop])
                 if self.master is not None:
                     self.master[run.offset : run.offset + run.numel].copy_(flat[run.start : run.stop])
         self.weights = tuple(map(self._own_weights, self.runs))
+        self.lower = tuple(self._of_run(lower, run, True) for run in self.runs) if self.numbers.split else None
         self.own_grads = tuple(map(self._own_grads, self.runs))
         self.partial = [grad for run, grad in zip(self.runs, self.own_grads) if "tp" in self.specs[run.name].partial]
         self.copied = [

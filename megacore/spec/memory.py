@@ -20,6 +20,9 @@ from megacore.spec.settings import is_frozen
 
 ITEM_BYTES = MappingProxyType({"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2})
 
+MASTER_BYTES = MappingProxyType({"fp32": 4, "split": 2, "none": 0})
+"""Of an element of 16-bit weights."""
+
 SCALE_BYTES = 4
 """Of a block of ``ALIGNMENT`` elements in 8 bits."""
 
@@ -47,15 +50,21 @@ def state_bytes(
     zero: int = 0,
     shards: int = 1,
     runs: Mapping[str, int] | None = None,
+    master: str = "fp32",
 ) -> StateBytes:
-    """What member ``tp_rank`` of ``tp`` holds of ``params``, everything in ``dtype`` (no master weights), while no unit
-    is at work: stages 2 and 3 then hold that unit's whole gradients and parameters, too.
+    """What member ``tp_rank`` of ``tp`` holds of ``params`` while no unit is at work: stages 2 and 3 then hold that
+    unit's whole gradients and parameters, too.
+
+    16-bit ``dtype``: gradients are in fp32, and ``master`` weights (see ``precision.master``) are optimizer state.
 
     ZeRO stage ``zero`` cuts state over ``shards`` ranks (Rajbhandari et al. 2020, section 5). ``runs`` are the elements
     of each parameter that one of them owns; an even share, rounded up, if they are not given. What is frozen is whole
     everywhere and has neither gradients nor state.
     """
     policy, item = ShardingPolicy.of(zero), ITEM_BYTES[dtype]
+    half = item == 2
+    extra = MASTER_BYTES[master] if half else 0
+    updated = "fp32" if half and extra else dtype
     held = whole = owned = optimizer = 0
     for param in params:
         numel = param.local_numel(tp_rank, tp)
@@ -66,9 +75,10 @@ def state_bytes(
         if policy.optimizer:
             own = -(-numel // shards) if runs is None else runs.get(param.name, 0)
         whole, owned = whole + numel, owned + own
-        optimizer += optimizer_bytes(optim, dtype, param, own)
+        optimizer += optimizer_bytes(optim, updated, param, own) + extra * own
     held += owned if policy.params else whole
-    return StateBytes(held * item, (owned if policy.grads else whole) * item, optimizer)
+    grads = (owned if policy.grads else whole) * (ITEM_BYTES["fp32"] if half else item)
+    return StateBytes(held * item, grads, optimizer)
 
 
 def optimizer_bytes(optim: OptimConfig, dtype: str, param: ParamSpec, numel: int) -> int:

@@ -174,6 +174,8 @@ def numbers_of(precision: PrecisionConfig) -> Numbers:
     section 3.1)."""
     params = dict(DTYPES)[precision.dtype]
     reduce = dict(DTYPES)[precision.grad_reduce_dtype]
+    if precision.master != "fp32":
+        return Numbers(params, torch.float32, None, reduce, split=precision.master == "split")
     if params.itemsize == 2:
         return Numbers(params, torch.float32, torch.float32, reduce)
     return Numbers(params, params, None, reduce)
@@ -193,7 +195,8 @@ def make_optimizer(config: RunConfig, spec: ModelSpec, storage: Storage) -> Rule
         shards=storage.shards,
         dtype=numbers.master or numbers.params,
         device=storage.mesh.device,
-        format=StateFormat.of(config.optim, config.train.seed),
+        format=StateFormat.of(config.optim, config.train.seed, config.precision.master),
+        lower=storage.lower,
     )
     buckets = [[slot.name for slot in slots] for slots in storage.lending.slots]
     return place_rule(config.optim, share, settings(config.optim), buckets, Path(config.out) / "offload")

@@ -31,7 +31,13 @@ def overview(config: RunConfig, spec: ModelSpec, layout: Layout, device: str, da
     pipeline = Pipeline.of(config)
     states = [
         state_bytes(
-            params, config.optim, config.precision.dtype, tp=layout.tp, zero=layout.zero, shards=layout.dp_shard
+            params,
+            config.optim,
+            config.precision.dtype,
+            tp=layout.tp,
+            zero=layout.zero,
+            shards=layout.dp_shard,
+            master=config.precision.master,
         )
         for params in pipeline.params(spec)
     ]

@@ -144,7 +144,7 @@ class Trainer:
         storage.finish()
         cross_entropy, num_targets = self._total(sums)
         if self.watch is not None and self.watched:
-            self.watch.before(grads, storage.weights)
+            self.watch.before(grads, storage.values())
         clipped = self.clip(grads, self.num_nominal / num_targets / self.loss_scale.scale.to(torch.float64))
         skipped = 1 - clipped.taken
         self.loss_scale.update(skipped)
@@ -153,7 +153,7 @@ class Trainer:
         statistics = None
         if self.watch is not None:
             self.watch.clipped(clipped)
-            statistics = self.watch.after(storage.weights, clipped) if self.watched else None
+            statistics = self.watch.after(storage.values(), clipped) if self.watched else None
         self.result = StepResult(cross_entropy / num_targets, clipped.norm, skipped, statistics)
 
     def _total(self, sums: Sums) -> Tensor:

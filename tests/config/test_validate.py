@@ -226,7 +226,6 @@ REFUSED = {
     "parallel.ep": 2,
     "optim.offload": "cpu",
     "precision.fp8": "delayed",
-    "precision.master": "split",
     "checkpoint.save_every": 5,
     "checkpoint.keep": 2,
     "checkpoint.async_save": False,

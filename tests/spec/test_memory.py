@@ -39,12 +39,16 @@ def held(rank: int, world_size: int, overrides: tuple[str, ...]) -> Held:
     gaps = len(storage.params) - params + len(storage.grads) - grads
     optimizer = sum(tensor.nbytes for tensors in state.values() for tensor in tensors)
     runs = {run.name: run.numel for run in storage.runs}
-    return Held((params + frozen) * item, grads * item, optimizer, runs, gaps)
+    if storage.master is not None:
+        optimizer += own * storage.master.element_size()
+    optimizer += sum(lower.nbytes for lower in storage.lower or ())
+    return Held((params + frozen) * item, grads * storage.grads.element_size(), optimizer, runs, gaps)
 
 
 def expected_of(config: RunConfig, params: Sequence[ParamSpec], runs: dict[str, int], tp_rank: int = 0) -> StateBytes:
-    p = config.parallel
-    return state_bytes(params, config.optim, config.precision.dtype, tp_rank, p.tp, p.zero, p.dp_shard, runs)
+    p, numbers = config.parallel, config.precision
+    layout = (tp_rank, p.tp, p.zero, p.dp_shard)
+    return state_bytes(params, config.optim, numbers.dtype, *layout, runs, numbers.master)
 
 
 RULES = [
@@ -92,6 +96,21 @@ def test_stages_hold_what_they_should(
     shards = ranks[:dp_shard]
     trained = sum(param.numel for param in spec.params if not is_frozen(param.name, config.optim))
     assert sum(sum(ours.runs.values()) for ours in shards) == trained, "every element is owned once"
+
+
+@pytest.mark.parametrize(("numbers", "each"), [("fp16", 18), ("bf16", 18), ("split", 16), ("none", 10)])
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_state_in_sixteen_bits(pool: WorkerPool, zero: int, numbers: str, each: int) -> None:
+    """Per parameter 2 bytes, 4 of gradients in fp32, and Adam's moments with what is kept of the master weights."""
+    formats = f"precision.dtype={numbers}" if numbers.endswith("16") else f"precision.master={numbers}"
+    overrides = ("precision.dtype=bf16", formats, f"parallel.zero={zero}", "optim.name=adamw")
+    config = run_config(2, *overrides)
+    spec = ModelSpec.of(config.model)
+    for ours in pool.run(held, 2, 2, overrides):
+        state = expected_of(config, spec.params, ours.runs)
+        assert (state.params, state.grads, state.optimizer) == ours[:3]
+    alone = state_bytes(spec.params, config.optim, config.precision.dtype, master=config.precision.master)
+    assert alone.total == each * spec.num_params
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])

@@ -12,7 +12,7 @@ from torch import Tensor
 from megacore.optim.factored import clipping, divide_by_root, scale
 from megacore.optim.matrixwise import MatrixWise
 from megacore.optim.rule import Share
-from megacore.optim.taking import put
+from megacore.optim.taking import put, whole
 
 # Section 9, "Proposed hyperparameters for Adafactor"; weight decay is not part of the paper.
 DEFAULTS = MappingProxyType(
@@ -41,7 +41,7 @@ class Adafactor(MatrixWise):
         self.clock += taken
         matrices, settings, go = self.matrices, self.settings, taken != 0
         updates = [grad.to(self.dtype) for grad in grads]
-        weights = (weight.to(self.dtype) for weight in self.share.weights)
+        weights = (self.weights.read(run, whole(weight), self.dtype) for run, weight in enumerate(self.share.weights))
         squares, sizes = matrices.reduce(
             matrices.margins(update.square() for update in updates),
             matrices.sums(weight.square() for weight in weights),

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megacore.layout.buffer import ALIGNMENT
 from megacore.optim.assemble import WholeMatrices
-from megacore.optim.moments import Plain, make_moment
+from megacore.optim.moments import make_moment, weights_of
 from megacore.optim.orthogonal import cost, orthogonalise
 from megacore.optim.rule import Rule, Share
 from megacore.optim.rules.adamw import AdamW
@@ -61,7 +61,7 @@ class Muon(Rule):
         self.rest = AdamW(part_of(share, self.others), settings)
         self.clock, self.kernels = self.rest.clock, self.rest.kernels
         self.momentum = make_moment(self.matrices, "momentum", self.clock)
-        self.weights = Plain(self.matrices, "weight", self.clock, share.dtype, self.matrices.weights)
+        self.weights = weights_of(self.matrices, self.clock)
         self.dtype = torch.promote_types(share.dtype, torch.float32)
         self.whole = WholeMatrices(
             self.matrices,
@@ -131,6 +131,7 @@ def part_of(share: Share, own: Sequence[int]) -> Share:
         runs=tuple(runs),
         specs=tuple(share.specs[number] for number in own),
         weights=tuple(share.weights[number] for number in own),
+        lower=share.lower and tuple(share.lower[number] for number in own),
         weight_decay=tuple(share.weight_decay[number] for number in own),
         lr_scale=tuple(share.lr_scale[number] for number in own),
     )
