@@ -56,10 +56,13 @@ def all_reduce_start(x: Tensor, group: Group, op: str = "sum") -> Pending:
     return pending.then(lambda _: x)
 
 
-def all_gather_start(x: Tensor, group: Group, dim: int = 0, sizes: Sequence[int] | None = None) -> Pending:
-    """Begins `all_gather`."""
+def all_gather_start(
+    x: Tensor, group: Group, dim: int = 0, sizes: Sequence[int] | None = None, out: Tensor | None = None
+) -> Pending:
+    """Begins `all_gather`. ``out`` (contiguous, dim 0 only) takes the result; x may be its own part of it."""
+    _check_out(out, dim)
     if group.size == 1:
-        return Pending.done(x)
+        return Pending.done(x if out is None else out.copy_(x))
     dim = dim % x.dim()
     sizes = [x.shape[dim]] * group.size if sizes is None else list(sizes)
     if len(sizes) != group.size or sizes[group.rank] != x.shape[dim]:
@@ -69,13 +72,19 @@ def all_gather_start(x: Tensor, group: Group, dim: int = 0, sizes: Sequence[int]
         )
     whole = math.prod(x.shape[:dim]) * sum(sizes) * math.prod(x.shape[dim + 1 :])
     group.record("all_gather", whole, x.dtype)
-    return _backend(group).all_gather(x.detach(), group, dim, sizes)
+    return _backend(group).all_gather(x.detach(), group, dim, sizes, out)
 
 
-def reduce_scatter_start(x: Tensor, group: Group, dim: int = 0, sizes: Sequence[int] | None = None) -> Pending:
-    """Begins `reduce_scatter`; x is not to be written until `wait` returns."""
+def reduce_scatter_start(
+    x: Tensor, group: Group, dim: int = 0, sizes: Sequence[int] | None = None, out: Tensor | None = None
+) -> Pending:
+    """Begins `reduce_scatter`; x is not to be written until `wait` returns.
+
+    ``out`` (contiguous, dim 0 only) takes the result; it may be the rank's own slice of x.
+    """
+    _check_out(out, dim)
     if group.size == 1:
-        return Pending.done(x)
+        return Pending.done(x if out is None else out.copy_(x))
     dim = dim % x.dim()
     sizes = [x.shape[dim] // group.size] * group.size if sizes is None else list(sizes)
     if len(sizes) != group.size or sum(sizes) != x.shape[dim]:
@@ -84,7 +93,7 @@ def reduce_scatter_start(x: Tensor, group: Group, dim: int = 0, sizes: Sequence[
             f"sizes={sizes} along dim {dim}; pad it to a multiple of {group.size} or give the sizes"
         )
     group.record("reduce_scatter", x.numel(), x.dtype)
-    return _backend(group).reduce_scatter(x.detach(), group, dim, sizes)
+    return _backend(group).reduce_scatter(x.detach(), group, dim, sizes, out)
 
 
 def all_to_all(
@@ -150,6 +159,10 @@ def agree(error: Exception | None, group: Group) -> None:
     for rank, text in zip(group.ranks, errors):
         if text is not None:
             raise PeerFailed(f"rank {rank} failed: {text}")
+
+
+def _check_out(out: Tensor | None, dim: int) -> None:
+    assert out is None or (dim == 0 and out.is_contiguous()), "results go in place along dim 0, without gaps"
 
 
 def _backend(group: Group) -> Any:

@@ -70,23 +70,25 @@ def all_reduce(x: Tensor, group: Group, op: str) -> Pending:
     return Pending(finish)
 
 
-def all_gather(x: Tensor, group: Group, dim: int, sizes: Sequence[int]) -> Pending:
+def all_gather(x: Tensor, group: Group, dim: int, sizes: Sequence[int], out: Tensor | None = None) -> Pending:
     """Rank r's [.., sizes[r], ..] to [.., sum(sizes), ..] along `dim` on all ranks."""
     outer, inner = x.shape[:dim], x.shape[dim + 1 :]
     flat = x.contiguous().view(-1)
     counts = [math.prod(outer) * size * math.prod(inner) for size in sizes]
+    received = x.new_empty(sum(counts)) if out is None else out.view(-1)
     works: Sequence[Work]
-    if sum(counts) * x.element_size() <= REPEAT_BYTES:
-        received, work = swap(flat.repeat(group.size), [flat.numel()] * group.size, counts, group)
-        works = [work]
+    if received.nbytes <= REPEAT_BYTES:
+        works = [swap(flat.repeat(group.size), [flat.numel()] * group.size, counts, group, received)[1]]
     else:
-        received = x.new_empty(sum(counts))
         parts = received.split(counts)
-        parts[group.rank].copy_(flat)
+        if parts[group.rank].data_ptr() != flat.data_ptr():
+            parts[group.rank].copy_(flat)
         works = send_to_all(flat, parts, group, group.next_tag())
 
     def finish() -> Tensor:
         wait_all(works)
+        if out is not None:
+            return out
         if math.prod(outer) == 1:  # the parts lie one behind the other
             return received.view(*outer, sum(sizes), *inner)
         return torch.cat([part.view(*outer, size, *inner) for part, size in zip(received.split(counts), sizes)], dim)
@@ -94,13 +96,19 @@ def all_gather(x: Tensor, group: Group, dim: int, sizes: Sequence[int]) -> Pendi
     return Pending(finish)
 
 
-def reduce_scatter(x: Tensor, group: Group, dim: int, sizes: Sequence[int]) -> Pending:
+def reduce_scatter(x: Tensor, group: Group, dim: int, sizes: Sequence[int], out: Tensor | None = None) -> Pending:
     """[.., sum(sizes), ..] along `dim` to the sum over the group of rank r's [.., sizes[r], ..]."""
     pieces = x.split(list(sizes), dim)
-    own = x.new_empty(pieces[group.rank].shape)
+    own = x.new_empty(pieces[group.rank].shape) if out is None else out
     flat = x.contiguous().view(-1) if dim == 0 else torch.cat([piece.reshape(-1) for piece in pieces])
     received, work = swap(flat, [piece.numel() for piece in pieces], [own.numel()] * group.size, group)
-    return after(work, lambda: fold(received.view(group.size, -1), "sum", own.view(-1)).view(own.shape))
+
+    def finish() -> Tensor:
+        work.wait()
+        fold(received.view(group.size, -1), "sum", own.view(-1))
+        return own
+
+    return Pending(finish)
 
 
 def all_to_all(x: Tensor, group: Group, send_sizes: Sequence[int], receive_sizes: Sequence[int]) -> Pending:
@@ -128,9 +136,12 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def swap(x: Tensor, sends: Sequence[int], receives: Sequence[int], group: Group) -> tuple[Tensor, Work]:
-    """Starts gloo's all-to-all of contiguous rows: sends[p] of x to rank p, receives[p] from it into a new tensor."""
-    received = x.new_empty([sum(receives), *x.shape[1:]])
+def swap(
+    x: Tensor, sends: Sequence[int], receives: Sequence[int], group: Group, received: Tensor | None = None
+) -> tuple[Tensor, Work]:
+    """Starts gloo's all-to-all of contiguous rows: sends[p] of x to rank p, receives[p] from it into ``received``."""
+    if received is None:
+        received = x.new_empty([sum(receives), *x.shape[1:]])
     work = distributed.all_to_all_single(received, x, list(receives), list(sends), group=group.handle, async_op=True)
     assert work is not None
     return received, work

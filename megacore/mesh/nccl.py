@@ -25,24 +25,24 @@ def all_reduce(x: Tensor, group: Group, op: str) -> Pending:
     return _pending(distributed.all_reduce(x, OPS[op], group=group.handle, async_op=True), lambda: x)
 
 
-def all_gather(x: Tensor, group: Group, dim: int, sizes: Sequence[int]) -> Pending:
+def all_gather(x: Tensor, group: Group, dim: int, sizes: Sequence[int], out: Tensor | None = None) -> Pending:
     """Rank r's [.., sizes[r], ..] to [.., sum(sizes), ..] along `dim` on all ranks."""
     x = x.contiguous()
     if len(set(sizes)) > 1:
         parts = [x.new_empty([*x.shape[:dim], size, *x.shape[dim + 1 :]]) for size in sizes]
         work = distributed.all_gather(parts, x, group=group.handle, async_op=True)
-        return _pending(work, lambda: torch.cat(parts, dim))
-    whole = x.new_empty([group.size, *x.shape])
+        return _pending(work, lambda: torch.cat(parts, dim, out=out))
+    whole = x.new_empty([group.size, *x.shape]) if out is None else out.view(group.size, *x.shape)
     work = _gather_equal(whole, x, group=group.handle, async_op=True)
     if dim == 0:
-        return _pending(work, lambda: whole.flatten(0, 1))
+        return _pending(work, lambda: whole.flatten(0, 1) if out is None else out)
     return _pending(work, lambda: torch.cat(whole.unbind(), dim))
 
 
-def reduce_scatter(x: Tensor, group: Group, dim: int, sizes: Sequence[int]) -> Pending:
+def reduce_scatter(x: Tensor, group: Group, dim: int, sizes: Sequence[int], out: Tensor | None = None) -> Pending:
     """[.., sum(sizes), ..] along `dim` to the sum over the group of rank r's [.., sizes[r], ..]."""
     pieces = x.split(list(sizes), dim)
-    own = torch.empty_like(pieces[group.rank], memory_format=torch.contiguous_format)
+    own = torch.empty_like(pieces[group.rank], memory_format=torch.contiguous_format) if out is None else out
     if len(set(sizes)) > 1:
         parts = [piece.contiguous() for piece in pieces]
         work = distributed.reduce_scatter(own, parts, group=group.handle, async_op=True)

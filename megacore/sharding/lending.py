@@ -72,18 +72,19 @@ class Lending:
         """Begin to bring a bucket's parameters; each call is answered by one of ``free``."""
         self.users[bucket] += 1
         if self.users[bucket] == 1:
-            start, end = (border // self.shards.size for border in self.layout.buckets[bucket])
-            self.coming[bucket] = all_gather_start(self.params[start:end], self.shards)
+            start, end = self.layout.buckets[bucket]
+            own = self.params[start // self.shards.size : end // self.shards.size]
+            buffer = self.here[bucket] = self.param_buffers.take(end - start)
+            self.coming[bucket] = all_gather_start(own, self.shards, out=buffer)
 
     def arrive(self, bucket: int) -> None:
         """Wait for them, and put them in their places."""
         if bucket not in self.coming:
             return
-        start, end = self.layout.buckets[bucket]
-        buffer = self.here[bucket] = self.param_buffers.take(end - start)
-        buffer.copy_(self.coming.pop(bucket).wait())
+        self.coming.pop(bucket).wait()
+        start, _ = self.layout.buckets[bucket]
         for slot in self.slots[bucket]:
-            self.parameters[slot.name].data = slot.of(buffer, start)
+            self.parameters[slot.name].data = slot.of(self.here[bucket], start)
 
     def free(self, bucket: int) -> None:
         """One user less; with the last one the parameters go."""

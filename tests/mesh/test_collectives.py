@@ -58,6 +58,33 @@ def test_sums_are_those_in_order_of_ranks_bit_for_bit(pool: WorkerPool, size: in
     pool.run(reduce_all_kinds, size, size)
 
 
+def into_place(rank: int, size: int) -> None:
+    group = group_of(rank, size)
+    for length in (5, REPEAT_BYTES // 8 // size + 3):  # of a rank's part, on both sides of the switch
+        parts = [tensor_of(r, length) for r in range(size)]
+        for whole, part in in_and_out_of_place(parts, rank):
+            pending = c.all_gather_start(part, group, out=whole)
+            assert pending.wait() is whole and torch.equal(whole, torch.cat(parts))
+        terms = [tensor_of(10 + r, length * size) for r in range(size)]
+        x, expected = terms[rank].clone(), sum_in_order(terms).split(length)[rank]
+        for own in (torch.zeros(length, dtype=x.dtype), x.split(length)[rank]):
+            pending = c.reduce_scatter_start(x, group, out=own)
+            assert pending.wait() is own and torch.equal(own, expected)
+
+
+def in_and_out_of_place(parts: list[Tensor], rank: int) -> list[tuple[Tensor, Tensor]]:
+    """(result's place, own part): apart, and the part where the result wants it."""
+    whole = torch.zeros_like(torch.cat(parts))
+    own = whole.split(len(parts[0]))[rank]
+    own.copy_(parts[rank])
+    return [(torch.zeros_like(whole), parts[rank]), (whole, own)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_results_are_put_where_they_are_wanted(pool: WorkerPool, size: int) -> None:
+    pool.run(into_place, size, size)
+
+
 def reduce_strided(rank: int, size: int) -> None:
     tensors = [tensor_of(r, 6, 4) for r in range(size)]
     base = tensors[rank].clone()
