@@ -145,10 +145,10 @@ class Storage:
             return
         gathering = []
         for start, end in self.layout.buckets:
-            own = slice(*piece_of((start, end), self.shards.rank, self.shards.size))
-            gathering.append((start, end, all_gather_start(self.params[own], self.shards)))
-        for start, end, pending in gathering:
-            self.params[start:end].copy_(pending.wait())
+            own = self.params[slice(*piece_of((start, end), self.shards.rank, self.shards.size))]
+            gathering.append(all_gather_start(own, self.shards, out=self.params[start:end]))
+        for pending in gathering:
+            pending.wait()
 
     def values(self) -> tuple[Tensor, ...]:
         """The weights that are updated, one per run, with all their bits: not to be written to."""
@@ -168,7 +168,7 @@ class Storage:
                 own = source[first:last]
             else:
                 own = source[start // self.shards.size : end // self.shards.size]
-            whole.data[start:end] = all_gather_start(own, self.shards).wait()
+            all_gather_start(own, self.shards, out=whole.data[start:end]).wait()
         return whole
 
     def _allocate(self, fill: Callable[[str, Tensor], None]) -> None:
@@ -234,6 +234,8 @@ class Storage:
         if self.shards.size == 1:
             return self._sum(whole)
         own = self.grads[slice(*piece_of((start, end), self.shards.rank, self.shards.size))]
+        if self.wire == whole.dtype:
+            return self._scatter(whole, own)
         return self._scatter(whole).then(own.copy_)
 
     def _sum(self, whole: Tensor) -> Pending:
@@ -241,8 +243,8 @@ class Storage:
             return all_reduce_start(whole, self.mesh.dp_cp)
         return all_reduce_start(whole.to(self.wire), self.mesh.dp_cp).then(whole.copy_)
 
-    def _scatter(self, whole: Tensor) -> Pending:
-        return reduce_scatter_start(whole.to(self.wire), self.shards).then(self._over_replicas)
+    def _scatter(self, whole: Tensor, out: Tensor | None = None) -> Pending:
+        return reduce_scatter_start(whole.to(self.wire), self.shards, out=out).then(self._over_replicas)
 
     def _over_replicas(self, x: Tensor) -> Tensor:
         """The sum over groups that shard the same: hybrid sharding, and ranks of cp."""
