@@ -15,12 +15,12 @@ from torch import Tensor, distributed
 
 from megacore.bench.baselines.plain_llama import PlainLlama
 from megacore.bench.baselines.torch_pipelining import TorchPipeline
-from megacore.bench.harness import Comparison, alternate, case_named, comparison, slowest_rank
+from megacore.bench.harness import Comparison, alternate, case_named, comparison
+from megacore.bench.ranks import time_on_all
 from megacore.bench.train import OURS, check_losses
 from megacore.bench.weights import plain_weights
 from megacore.config.resolve import resolve
 from megacore.config.schema import ParallelConfig, RunConfig
-from megacore.mesh import process_group
 from megacore.mesh.rank_info import RankInfo
 from megacore.model.inputs import Inputs
 from megacore.spec.stages import layers_of_stages
@@ -108,16 +108,8 @@ def torch_step(built: Built, schedule: str) -> Step:
 
 def measure(info: RankInfo, case_name: str, config: RunConfig, rounds: int, result: str) -> None:
     """One rank's part of a case; rank 0 writes the seconds of every side and round to the JSON file ``result``."""
-    torch.set_num_threads(1)
-    process_group.start(info, torch.device("cpu"))
-    try:
-        seconds = time_sides(info, case_named(case_name, CASES), config, rounds)
-        every_rank = [seconds] * info.world_size
-        distributed.all_gather_object(every_rank, seconds)
-        if info.rank == 0:
-            Path(result).write_text(json.dumps(slowest_rank(every_rank)))
-    finally:
-        process_group.stop()  # with all that held groups gone
+    case = case_named(case_name, CASES)
+    time_on_all(info, 1, lambda: time_sides(info, case, config, rounds), result)
 
 
 def time_sides(info: RankInfo, case: Case, config: RunConfig, rounds: int) -> dict[str, list[float]]:

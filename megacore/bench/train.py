@@ -19,11 +19,11 @@ from megacore.bench.baselines.ddp import ddp_step
 from megacore.bench.baselines.dtensor_tp import PLANS, dtensor_step
 from megacore.bench.baselines.hf_llama import hf_step
 from megacore.bench.baselines.plain_llama import PlainLlama, Step, training_step
-from megacore.bench.harness import Comparison, alternate, case_named, comparison, slowest_rank
+from megacore.bench.harness import Comparison, alternate, case_named, comparison
+from megacore.bench.ranks import time_on_all
 from megacore.config.load import load
 from megacore.config.resolve import resolve
 from megacore.config.schema import ParallelConfig, RunConfig
-from megacore.mesh import process_group
 from megacore.mesh.rank_info import RankInfo
 from megacore.model.inputs import Inputs
 from megacore.train.build import build
@@ -151,22 +151,16 @@ def batch_of(config: RunConfig, case: Case, rank: int) -> tuple[Tensor, Tensor]:
 def measure(info: RankInfo, case_name: str, config: RunConfig, rounds: int, result: str) -> None:
     """One rank's part of a case; rank 0 writes the seconds of every side and round to the JSON file `result`."""
     case = case_named(case_name, CASES)
-    torch.set_num_threads(case.threads)
-    process_group.start(info, torch.device("cpu"))
-    try:
-        tokens, labels = batch_of(config, case, info.rank)
-        steps = sides_of(case, config, info)
-        check_losses({name: step(tokens, labels).item() for name, step in steps.items()})
-        calls = {name: bind(step, tokens, labels) for name, step in steps.items()}
-        before = distributed.barrier if info.world_size > 1 else (lambda: None)
-        seconds = alternate(calls, rounds, before=before)
-        every_rank = [seconds] * info.world_size
-        if info.world_size > 1:
-            distributed.all_gather_object(every_rank, seconds)
-        if info.rank == 0:
-            Path(result).write_text(json.dumps(slowest_rank(every_rank)))
-    finally:
-        process_group.stop()
+    time_on_all(info, case.threads, lambda: time_sides(info, case, config, rounds), result)
+
+
+def time_sides(info: RankInfo, case: Case, config: RunConfig, rounds: int) -> dict[str, list[float]]:
+    """This rank's seconds of each side and round, after all sides have shown that they compute the same."""
+    tokens, labels = batch_of(config, case, info.rank)
+    steps = sides_of(case, config, info)
+    check_losses({name: step(tokens, labels).item() for name, step in steps.items()})
+    calls = {name: bind(step, tokens, labels) for name, step in steps.items()}
+    return alternate(calls, rounds, before=distributed.barrier if info.world_size > 1 else (lambda: None))
 
 
 def bind(step: Step, tokens: Tensor, labels: Tensor) -> Callable[[], Tensor]:
