@@ -27,5 +27,42 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
                 "mlp_bias": True,
             }
         ),
+        # Pythia's shape; GPT-NeoX-20B's differs in size only.
+        "gpt-neox": MappingProxyType(
+            {
+                "norm": "layernorm",
+                "activation": "gelu-erf",
+                "parallel_residual": True,
+                "rotary_fraction": 0.25,
+                "qkv_bias": True,
+                "attention_out_bias": True,
+                "mlp_bias": True,
+            }
+        ),
+        "olmo2": MappingProxyType(
+            {
+                "norm_eps": 1e-6,
+                "norm_placement": "post",
+                "rope_theta": 5e5,
+                "qk_norm": True,
+                "qk_norm_over": "all",
+            }
+        ),
+        # Llama's block; windows and long contexts differ from release to release.
+        "phi3": MappingProxyType({}),
+        "gemma2": MappingProxyType(
+            {
+                "norm_eps": 1e-6,
+                "norm_placement": "both",
+                "norm_unit_offset": True,
+                "activation": "geglu",
+                "tie_embeddings": True,
+                "attention_softcap": 50.0,
+                "logit_softcap": 30.0,
+                "scale_embeddings": True,
+                "sliding_window": 4096,
+                "full_attention_every": 2,
+            }
+        ),
     }
 )

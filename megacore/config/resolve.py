@@ -38,14 +38,25 @@ def resolve_model(model: ModelConfig, seq_len: int) -> ModelConfig:
     if scaling.type == "yarn" and not scaling.attention_factor:
         # YaRN (Peng et al. 2023), equation 22
         scaling = replace(scaling, attention_factor=0.1 * math.log(scaling.factor) + 1.0)
+    if scaling.type == "longrope" and not scaling.attention_factor and scaling.original_seq_len > 1:
+        # LongRoPE (Ding et al. 2024), as Phi-3's code has it
+        ratio = math.log(scaling.factor) / math.log(scaling.original_seq_len)
+        scaling = replace(scaling, attention_factor=math.sqrt(1 + ratio))
+    head_dim = model.head_dim or model.hidden_size // model.num_heads
     return replace(
         model,
         ffn_hidden_size=model.ffn_hidden_size or width,
         num_kv_heads=model.num_kv_heads or model.num_heads,
-        head_dim=model.head_dim or model.hidden_size // model.num_heads,
+        head_dim=head_dim,
+        attention_scale_dim=model.attention_scale_dim or head_dim,
         max_positions=model.max_positions or seq_len,
         rope_scaling=scaling,
     )
+
+
+def rotary_dims(model: ModelConfig) -> int:
+    """How many of a head's dims RoPE rotates; the model is resolved."""
+    return int(model.head_dim * model.rotary_fraction)
 
 
 def resolve_optim(optim: OptimConfig, steps: int) -> OptimConfig:

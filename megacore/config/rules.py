@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from megacore.config.batch import batch_problems, multiples
 from megacore.config.param_groups import param_group_problems
 from megacore.config.pipeline import cut_problem, num_chunks, schedule_problems
-from megacore.config.resolve import resolve_model
+from megacore.config.resolve import resolve_model, rotary_dims
 from megacore.config.schema import ModelConfig, RunConfig
 from megacore.config.settings import setting_problems
 
@@ -52,11 +52,7 @@ def _model(config: RunConfig, world_size: int | None) -> Iterator[str]:
             f"model.num_kv_heads={m.num_kv_heads} does not divide model.num_heads={m.num_heads}; "
             f"use {_divisors(m.num_heads, m.num_kv_heads)}"
         )
-    if m.position == "rope" and m.head_dim % 2:
-        yield (
-            f"model.head_dim={m.head_dim} is odd, but model.position=rope turns pairs of dims; "
-            f"use {m.head_dim - 1 or 2} or {m.head_dim + 1}"
-        )
+    yield from _rotary(m)
     if m.position == "learned" and m.max_positions < config.train.seq_len:
         yield (
             f"train.seq_len={config.train.seq_len} exceeds model.max_positions={m.max_positions}; "
@@ -65,16 +61,48 @@ def _model(config: RunConfig, world_size: int | None) -> Iterator[str]:
     if m.top_k > m.num_experts:
         yield f"model.top_k={m.top_k} exceeds model.num_experts={m.num_experts}; use at most {m.num_experts}"
     yield from _rope_scaling(m)
+    yield from _norms(m)
     yield from _tensor_parallel(m, config)
+
+
+def _rotary(m: ModelConfig) -> Iterator[str]:
+    """What is left of a head must be pairs of dims."""
+    if m.position != "rope":
+        if m.rotary_fraction != 1:
+            yield (
+                f"model.rotary_fraction={m.rotary_fraction} needs model.position=rope, not {m.position}; leave it out"
+            )
+        return
+    dims = rotary_dims(m)
+    if m.rotary_fraction == 1 and dims % 2:
+        yield (
+            f"model.head_dim={m.head_dim} is odd, but model.position=rope turns pairs of dims; "
+            f"use {m.head_dim - 1 or 2} or {m.head_dim + 1}"
+        )
+    elif dims % 2 or not dims:
+        near = [even for even in (dims - dims % 2, dims - dims % 2 + 2) if 0 < even <= m.head_dim]
+        yield (
+            f"model.rotary_fraction={m.rotary_fraction} turns {dims} of model.head_dim={m.head_dim} dims, but "
+            f"model.position=rope turns pairs; use {' or '.join(str(even / m.head_dim) for even in near) or 1}"
+        )
+
+
+def _norms(m: ModelConfig) -> Iterator[str]:
+    """Options of norms that contradict each other."""
+    if m.norm_unit_offset and m.norm != "rmsnorm":
+        yield f"model.norm_unit_offset=true is for model.norm=rmsnorm, not {m.norm}; leave it out"
+    if m.qk_norm_over != "head" and not m.qk_norm:
+        yield f"model.qk_norm_over={m.qk_norm_over} needs model.qk_norm=true; set it, or leave both out"
 
 
 def _rope_scaling(m: ModelConfig) -> Iterator[str]:
     scaling = m.rope_scaling
+    yield from _longrope(m)
     if scaling.type == "none":
         return
     if m.position != "rope":
         yield f"model.rope_scaling.type={scaling.type} needs model.position=rope, not {m.position}; leave it out"
-    if scaling.type in ("yarn", "llama3") and not scaling.original_seq_len:
+    if scaling.type in ("yarn", "llama3", "longrope") and not scaling.original_seq_len:
         yield (
             f"model.rope_scaling.original_seq_len is missing, which type={scaling.type} needs; "
             "give the length that the model was first trained at"
@@ -89,14 +117,35 @@ def _rope_scaling(m: ModelConfig) -> Iterator[str]:
             f"model.rope_scaling.beta_slow={scaling.beta_slow} is not below beta_fast={scaling.beta_fast}; "
             "the paper has 1 and 32"
         )
-    if scaling.type == "ntk" and m.head_dim == 2:
+    if scaling.type == "ntk" and rotary_dims(m) == 2:
         # the base grows by factor^(d / (d - 2))
-        yield f"model.rope_scaling.type=ntk cannot slow the only pair of model.head_dim={m.head_dim}; use at least 4"
+        yield (
+            f"model.rope_scaling.type=ntk cannot slow the only pair of model.head_dim={m.head_dim} that turns; "
+            "use at least 4 dims"
+        )
     if scaling.type == "yarn" and m.rope_theta <= 1:
         yield (
             f"model.rope_theta={m.rope_theta} must be more than 1 with model.rope_scaling.type=yarn, which finds dims "
             "by their frequency; 10000 is usual"
         )
+
+
+def _longrope(m: ModelConfig) -> Iterator[str]:
+    """A factor for each pair, for short and for long samples."""
+    scaling, pairs = m.rope_scaling, rotary_dims(m) // 2
+    for name, factors in (("short_factor", scaling.short_factor), ("long_factor", scaling.long_factor)):
+        if scaling.type != "longrope":
+            if factors:
+                yield f"model.rope_scaling.{name} is for type=longrope, not {scaling.type}; leave it out"
+        elif len(factors) != pairs:
+            yield (
+                f"model.rope_scaling.{name} has {len(factors)} numbers; type=longrope needs {pairs}, "
+                "one for each pair of a head's dims that turn"
+            )
+        elif min(factors, default=1) <= 0:
+            yield f"model.rope_scaling.{name} holds {min(factors)}; all of its numbers must be more than 0"
+    if scaling.type == "longrope" and scaling.original_seq_len == 1:
+        yield "model.rope_scaling.original_seq_len=1 is too short for type=longrope; Phi-3 has 4096"
 
 
 def _tensor_parallel(m: ModelConfig, config: RunConfig) -> Iterator[str]:

@@ -29,14 +29,21 @@ def key(default: Any, help: str, choices: tuple[str, ...] = (), **more: Any) -> 
 class RopeScaling:
     """How rotary frequencies are stretched beyond the length that a model was first trained at."""
 
-    type: str = key("none", "method", ("none", "linear", "ntk", "yarn", "llama3"))
+    type: str = key("none", "method", ("none", "linear", "ntk", "yarn", "llama3", "longrope"))
     factor: float = key(1.0, "new length / original length")
-    original_seq_len: int = key(0, "length the model was first trained at (yarn, llama3)")
+    original_seq_len: int = key(0, "length the model was first trained at (yarn, llama3, longrope)")
     low_freq_factor: float = key(1.0, "llama3: wavelengths above original/low are divided by factor")
     high_freq_factor: float = key(4.0, "llama3: wavelengths below original/high are kept")
     beta_fast: float = key(32.0, "yarn: dims that turn more often than this over the original length are kept")
     beta_slow: float = key(1.0, "yarn: dims that turn less often than this are divided by factor")
-    attention_factor: float = key(0.0, "yarn: multiplies cos and sin; 0: 0.1 ln(factor) + 1")
+    attention_factor: float = key(
+        0.0,
+        "multiplies cos and sin; 0: yarn 0.1 ln(factor) + 1, longrope sqrt(1 + ln(factor) / ln(original_seq_len))",
+    )
+    short_factor: tuple[float, ...] = key(
+        (), "longrope: divides each pair's frequency in samples of at most original_seq_len tokens"
+    )
+    long_factor: tuple[float, ...] = key((), "longrope: divides each pair's frequency in longer samples")
 
 
 @dataclass(frozen=True)
@@ -45,8 +52,8 @@ class ModelConfig:
 
     family: str = key(
         "llama",
-        "fills the feature keys that are not given (norm, activation, position, biases, tying, qk_norm)",
-        ("llama", "mistral", "qwen2", "qwen3", "gpt2"),
+        "fills the feature keys that are not given (norms, activation, position, biases, tying, soft caps)",
+        ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt-neox", "olmo2", "phi3", "gemma2"),
     )
     num_layers: int = key(0, "transformer blocks", required=True)
     hidden_size: int = key(0, "width of the residual stream", required=True)
@@ -55,19 +62,44 @@ class ModelConfig:
     num_kv_heads: int = key(0, "key/value heads (GQA; 1: MQA); 0: num_heads")
     head_dim: int = key(0, "width of a head; 0: hidden_size / num_heads")
     vocab_size: int = key(0, "tokens in the vocabulary; 0: taken from the data's tokenizer")
-    norm: str = key("rmsnorm", "normalisation before attention and MLP", ("rmsnorm", "layernorm"))
+    norm: str = key("rmsnorm", "normalisation of the residual stream", ("rmsnorm", "layernorm"))
+    norm_placement: str = key(
+        "pre",
+        "where a block norms: before attention and MLP, after them (OLMo-2), or both (Gemma-2)",
+        ("pre", "post", "both"),
+    )
+    norm_unit_offset: bool = key(False, "RMSNorms multiply by 1 + weight, which starts at 0 (Gemma)")
     norm_eps: float = key(1e-5, "added to the variance")
-    activation: str = key("swiglu", "MLP non-linearity", ("swiglu", "geglu", "gelu", "relu2"))
+    parallel_residual: bool = key(
+        False, "x + attention(norm(x)) + mlp(norm(x)): both read the block's input (GPT-NeoX)"
+    )
+    activation: str = key(
+        "swiglu",
+        "MLP non-linearity; gelu and geglu: tanh form, gelu-erf: exact",
+        ("swiglu", "geglu", "gelu", "gelu-erf", "relu2"),
+    )
     position: str = key("rope", "how positions enter", ("rope", "alibi", "learned", "none"))
-    max_positions: int = key(0, "rows of the learned position table; 0: train.seq_len")
+    max_positions: int = key(0, "longest sample; rows of the learned position table; 0: train.seq_len")
     rope_theta: float = key(10000.0, "base of the rotary frequencies")
+    rotary_fraction: float = key(1.0, "share of head_dim, from its front, that RoPE rotates")
     rope_scaling: RopeScaling = key(RopeScaling, "context extension of RoPE")
     tie_embeddings: bool = key(False, "the output head uses the embedding's weight")
-    qk_norm: bool = key(False, "RMSNorm of each query and key head before positions (Qwen3)")
+    qk_norm: bool = key(False, "RMSNorm of queries and keys before positions (Qwen3, OLMo-2)")
+    qk_norm_over: str = key(
+        "head", "what qk_norm norms at once: each head, or all of a token's heads (OLMo-2)", ("head", "all")
+    )
     qkv_bias: bool = key(False, "bias on the query, key and value projections")
     attention_out_bias: bool = key(False, "bias on the attention's output projection")
     mlp_bias: bool = key(False, "bias on both MLP projections")
+    attention_scale_dim: int = key(0, "attention scores are multiplied by this^-0.5; 0: head_dim")
+    attention_softcap: float = key(0.0, "bounds attention scores s to cap tanh(s / cap) (Gemma-2); 0: no bound")
+    logit_softcap: float = key(0.0, "bounds the output's logits likewise; 0: no bound")
+    scale_embeddings: bool = key(False, "multiply token embeddings by sqrt(hidden_size) (Gemma)")
     sliding_window: int = key(0, "a token sees itself and window-1 tokens before it; 0: all")
+    full_attention_every: int = key(
+        0, "with a sliding window, every n-th layer sees everything (Gemma-2: 2); 0: no layer does"
+    )
+    sliding_window_from: int = key(0, "with a sliding window, layers before this one see everything (Qwen2)")
     dropout: float = key(0.0, "after the embedding and on each block's two outputs")
     attention_dropout: float = key(0.0, "on attention probabilities")
     init_std: float = key(0.02, "standard deviation of every weight matrix at the start")
