@@ -43,6 +43,18 @@ def load(path: str | None, overrides: Sequence[str] = (), preset: str | None = N
     return config
 
 
+def from_tree(tree: Mapping[str, Any], where: str) -> RunConfig:
+    """The run that nested sections describe, as a checkpoint keeps them; keys that are not given have their defaults.
+
+    Raises ConfigError where one cannot be read; ``where`` says what holds them.
+    """
+    problems: list[str] = []
+    config, _ = _build(RunConfig, tree, "", problems)
+    if problems:
+        raise ConfigError([f"{where}: {problem}" for problem in problems])
+    return config
+
+
 def _read(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
