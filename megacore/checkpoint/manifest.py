@@ -93,9 +93,7 @@ class Manifest:
             "made": dict(self.made),
             "files": [[each.name, each.size, each.header_size, each.header_hash] for each in self.files],
             "attachments": {name: [each.file, each.size, each.hash] for name, each in self.attachments.items()},
-            "tensors": {
-                key: [each.dtype, each.shape, *map(_listed, each.slices)] for key, each in self.tensors.items()
-            },
+            "tensors": {key: _listed(each) for key, each in self.tensors.items()},
         }
         return _canonical(content | {"hash": hash_of(_canonical(content))})
 
@@ -120,7 +118,7 @@ class Manifest:
     @property
     def num_bytes(self) -> int:
         """Of all files but the manifest."""
-        return sum(each.size for each in (*self.files, *self.attachments.values()))
+        return sum(each.size for each in self.files) + sum(each.size for each in self.attachments.values())
 
 
 def read_manifest(store: Store) -> Manifest:
@@ -152,8 +150,9 @@ def _canonical(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def _listed(entry: SliceEntry) -> list[Any]:
-    return [entry.file, entry.offset, entry.start, entry.size, entry.hash]
+def _listed(entry: TensorEntry) -> list[Any]:
+    slices = [[each.file, each.offset, each.start, each.size, each.hash] for each in entry.slices]
+    return [entry.dtype, entry.shape, *slices]
 
 
 def _manifest(content: Mapping[str, Any]) -> Manifest:
@@ -164,8 +163,8 @@ def _manifest(content: Mapping[str, Any]) -> Manifest:
         entries = tuple(SliceEntry(f, o, tuple(start), tuple(size), digest) for f, o, start, size, digest in slices)
         tensors[key] = TensorEntry(dtype, tuple(shape), entries)
         _check_slices(key, tensors[key], files)
-    parts = (content[name] for name in ("kind", "step", "config", "layout", "state"))
-    return Manifest(*parts, tensors, files, attachments, content["made"])
+    kind, step, config, layout, state = (content[name] for name in ("kind", "step", "config", "layout", "state"))
+    return Manifest(kind, step, config, layout, state, tensors, files, attachments, content["made"])
 
 
 def _plain(name: str) -> str:

@@ -132,7 +132,12 @@ class ParallelConfig:
     regather_inputs: bool = key(
         False, "with sequence_parallel: keep only the shard of a layer's input and gather it again in backward"
     )
-    recompute: str = key("none", "activations computed again in backward", ("none", "selective", "full"))
+    recompute: str = key(
+        "none",
+        "activations computed again in backward: the core of attention (selective) or whole blocks (full); offload: "
+        "kept, but in host memory",
+        ("none", "selective", "full", "offload"),
+    )
     order: str = key("pp-dp-cp-tp", "rank order, outermost axis first")
 
 
@@ -185,8 +190,8 @@ class OptimConfig:
     )
     offload: str = key(
         "none",
-        "where the optimizer keeps its state; none: beside the weights; cpu: in host memory, where it also updates, of "
-        "weights trained on a GPU; nvme: in files, read ahead and written behind",
+        "where the optimizer keeps its state; none: beside the weights; cpu: in host memory, with copies of the "
+        "weights, which it updates there; nvme: in files, read ahead and written behind",
         ("none", "cpu", "nvme"),
     )
     offload_folder: str = key("", "nvme: folder on a quick disk; empty: offload, in the run's folder")
@@ -260,12 +265,20 @@ class DataConfig:
 class CheckpointConfig:
     """When state is saved and from where a run starts."""
 
-    save_every: int = key(0, "steps between checkpoints; 0: never")
-    keep: int = key(3, "checkpoints kept")
-    async_save: bool = key(True, "write in the background")
-    resume: str = key("never", "auto, never or PATH")
-    init_from: str = key("", "checkpoint or HF folder to take weights from")
-    export_hf_every: int = key(0, "steps between HF exports; 0: never")
+    save_every: int = key(0, "steps between checkpoints, one after the last; 0: never")
+    keep: int = key(3, "checkpoints kept, the newest ones; 0: all")
+    keep_every: int = key(0, "checkpoints of steps that this divides are kept, too; 0: none")
+    keep_best: int = key(0, "so many with the smallest validation loss are kept, too")
+    async_save: bool = key(True, "write in the background, from a copy")
+    resume: str = key(
+        "auto",
+        "auto: go on from the newest whole checkpoint of the run's folder, if there is one; never: start anew; PATH: "
+        "go on from that checkpoint, or from the newest of that run",
+    )
+    init_from: str = key("", "checkpoint or HF folder to take weights from, where no checkpoint is resumed")
+    export_hf_every: int = key(0, "steps between HF exports to out/hf, one after the last; 0: never")
+    export_dtype: str = key("keep", "format of exported weights; keep: as trained", ("keep", "fp32", "bf16", "fp16"))
+    folder: str = key("", "where checkpoints lie: a folder, or a URL such as s3://bucket/run; empty: out/checkpoints")
 
 
 @dataclass(frozen=True)

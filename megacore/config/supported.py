@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from megacore.config.parse import show
-from megacore.config.schema import CheckpointConfig, RunConfig
+from megacore.config.schema import RunConfig
 from megacore.config.write import flatten
 
 # The values that work today, of each key of which not all values do.
@@ -18,10 +18,7 @@ WORKS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "model.top_k": (0,),
         "parallel.cp": (1,),
         "parallel.ep": (1,),
-        "optim.offload": ("none", "nvme"),
         "precision.fp8": ("off",),
-        # Nothing is saved or resumed yet.
-        **{f"checkpoint.{name}": (value,) for name, value in flatten(CheckpointConfig()).items()},
         "log.wandb": (False,),
     }
 )

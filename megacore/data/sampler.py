@@ -37,24 +37,31 @@ class BatchPlan:
         micro_batch_size: samples that a rank computes at once.
         batch_ramp: [start, increment, samples]: the batch starts at `start` and grows by `increment`, up to
             `global_batch_size`, in equal shares of `samples` samples (Megatron's rampup-batch-size); empty: no ramp.
+        start: (first step, its first ordinal): where a run goes on that took other batches before.
 
     Raises:
         ValueError: the sizes do not divide as they must (see `batch_problems`).
     """
 
-    def __init__(self, global_batch_size: int, micro_batch_size: int, batch_ramp: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        global_batch_size: int,
+        micro_batch_size: int,
+        batch_ramp: Sequence[int] = (),
+        start: tuple[int, int] = (1, 0),
+    ) -> None:
         assert min(global_batch_size, micro_batch_size) >= 1, (global_batch_size, micro_batch_size)
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.batch_ramp = tuple(batch_ramp)
         self.check(dp_size=1)
-        self.stages = _stages(global_batch_size, batch_ramp)
+        self.stages = _stages(global_batch_size, batch_ramp, *start)
         self._first_steps = [stage.first_step for stage in self.stages]
         self._first_ordinals = [stage.first_ordinal for stage in self.stages]
 
     def batch(self, step: int) -> Batch:
         """The samples of a step; the first step is 1."""
-        if step < 1:
-            raise ValueError(f"step {step}: steps count from 1")
+        if step < self.stages[0].first_step:
+            raise ValueError(f"step {step}: steps count from {self.stages[0].first_step}")
         stage = self.stages[bisect_right(self._first_steps, step) - 1]
         return Batch(stage.first_ordinal + (step - stage.first_step) * stage.size, stage.size)
 
@@ -89,13 +96,13 @@ class BatchPlan:
         return [(first + (i * dp_size + dp_rank) * size, size) for i in range(num)]
 
 
-def _stages(full: int, ramp: Sequence[int]) -> list[RampStage]:
+def _stages(full: int, ramp: Sequence[int], step: int, consumed: int) -> list[RampStage]:
     """Megatron's rule: after `consumed` samples the batch has grown consumed / (samples / increments) times."""
     if not ramp or ramp[0] == full:
-        return [RampStage(1, 0, full)]
+        return [RampStage(step, consumed, full)]
     start, increment, samples = ramp
     num = (full - start) // increment
-    stages, step, consumed = [], 1, 0
+    stages: list[RampStage] = []
     while True:
         grown = min(consumed * num // samples, num)
         size = start + grown * increment

@@ -1,7 +1,7 @@
 """All groups of one process, built once from the layout and handed to whoever needs one of them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 import torch
@@ -63,6 +63,31 @@ class ParallelMesh:
     def single(cls, device: torch.device | str = "cpu") -> "ParallelMesh":
         """The mesh of one process alone; torch.distributed is not touched."""
         return cls.build(Layout(), 0, torch.device(device))
+
+    def for_host(self, axis: str) -> Group:
+        """The group of an axis for tensors in host memory: gloo's where NCCL serves those of the device.
+
+        All ranks must call it, for the same axes in the same order.
+        """
+        group: Group = getattr(self, axis)
+        if self.device.type == "cpu" or self.layout.world == 1:
+            return group
+        handles = {
+            ranks: distributed.new_group(list(ranks), backend="gloo")
+            for ranks in self.layout.groups(axis)
+            if len(ranks) > 1
+        }
+        if group.size == 1:
+            return group
+        return replace(group, handle=handles[group.ranks], backend="gloo", tags=count())
+
+    def beside(self) -> Group:
+        """All ranks, over gloo, in a process group of its own: for a thread that works beside training. All ranks must
+        call it."""
+        if self.layout.world == 1:
+            return Group.single("beside")
+        ranks = self.world.ranks
+        return Group("beside", ranks, self.rank, distributed.new_group(list(ranks), backend="gloo"), "gloo")
 
 
 def partitions_of(layout: Layout, kv_replicas: int) -> dict[str, tuple[Ranks, ...]]:

@@ -2,10 +2,13 @@
 
 import json
 import math
+from collections.abc import Callable
 from functools import reduce
 from operator import getitem
 from pathlib import Path
 from typing import Any
+
+from megacore.data.files import write_atomic
 
 
 class JsonLines:
@@ -76,6 +79,19 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
             reduce(getitem, outer, record)[last] = float(value)
         records.append(record)
     return records
+
+
+def drop_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> int:
+    """Keep only the objects that are wanted, each as it stands; returns how many went. The file has its old lines or
+    the new ones, whatever happens."""
+    if not path.exists():
+        return 0
+    repair_last_line(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if wanted(json.loads(line))]
+    if len(kept) < len(lines):
+        write_atomic(path, b"".join(kept))
+    return len(lines) - len(kept)
 
 
 def repair_last_line(path: Path) -> None:

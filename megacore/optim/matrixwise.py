@@ -8,6 +8,7 @@ from megacore.optim.matrices import Matrices
 from megacore.optim.moments import Moment, weights_of
 from megacore.optim.rule import Rule, Share
 from megacore.optim.taking import descend, whole
+from megacore.spec.matrices import Matrix
 
 
 class MatrixWise(Rule):
@@ -21,6 +22,11 @@ class MatrixWise(Rule):
         self.matrices = Matrices(share)
         self.dtype = self.matrices.dtype
         self.weights = weights_of(share, self.clock)
+
+    @property
+    def state_matrices(self) -> Sequence[Matrix]:
+        """As ``Rule.state_matrices``."""
+        return self.matrices.matrices
 
     def new_margins(self) -> Tensor:
         """Zeros for a number per row and one per column."""

@@ -12,6 +12,7 @@ from megacore.layout.shards import Run
 from megacore.mesh.group import Group
 from megacore.optim.formats import StateFormat
 from megacore.spec import ParamSpec
+from megacore.spec.matrices import Matrix
 
 
 def allocate_zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -48,6 +49,8 @@ class Share:
     """int16: the lower halves of weights of which ``weights`` are the upper ones (``kernels.halves``)."""
     allocate: Callable[[int, torch.dtype, torch.device], Tensor] = allocate_zeros
     """Gives the memory of ``zeros``."""
+    copies: tuple[Tensor, ...] = ()
+    """Where a rule may write the new weights, too, rounded: the parameters, if those are others. Empty if not."""
 
     def __post_init__(self) -> None:
         parts = (self.runs, self.specs, self.weights, self.weight_decay, self.lr_scale)
@@ -78,13 +81,15 @@ class Rule(ABC):
 
     ``DEFAULTS`` are its hyper-parameters with their usual values, ``STATE`` says what it remembers (see
     ``config.optimizers``). ``settings`` has a value for every name of ``DEFAULTS``. ``clock`` counts the steps taken.
-    ``kernels`` are those that it chose, if any: a run says them at its start.
+    ``kernels`` are those that it chose, if any: a run says them at its start. ``writes_copies`` is whether ``update``
+    leaves the new weights in the share's ``copies``, too.
     """
 
     def __init__(self, share: Share, settings: Mapping[str, float]) -> None:
         self.share, self.settings = share, settings
         self.clock = torch.zeros((), dtype=torch.float32, device=share.device)
         self.kernels: tuple[Choice, ...] = ()
+        self.writes_copies = False
 
     @abstractmethod
     def update(self, grads: Sequence[Tensor], lr: float, taken: Tensor) -> None:
@@ -94,6 +99,15 @@ class Rule(ABC):
         (float32 scalar on the device) is 1 or 0: at 0, where all gradients are 0, not a bit of weights, state or clock
         may change. It is never read on the host, which must not wait for the device.
         """
+
+    def set_clock(self, clock: Tensor) -> None:
+        """Count on from ``clock``, as after a checkpoint."""
+        self.clock.copy_(clock)
+
+    @property
+    def state_matrices(self) -> Sequence[Matrix]:
+        """What ``state`` has a tensor for, where it has one per logical matrix."""
+        return ()
 
     @abstractmethod
     def state(self) -> Mapping[str, Sequence[Tensor]]:

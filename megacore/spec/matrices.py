@@ -85,6 +85,18 @@ def rectangles_of(spec: ParamSpec, run: Run, index: int, num: int) -> tuple[Rect
     return tuple(_rectangles(spec, run, index, num))
 
 
+def region_of(spec: ParamSpec, rectangle: Rectangle) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(start, size) of a rectangle in the parameter's global tensor."""
+    segments = spec.split.segments if spec.split else ()
+    begin = sum(segment.size for segment in segments[: rectangle.matrix.segment])
+    row, column = (
+        (rectangle.row + begin, rectangle.column) if spec.dim == 0 else (rectangle.row, rectangle.column + begin)
+    )
+    if len(spec.shape) == 1:
+        return (row,), (rectangle.height,)
+    return (row, column), (rectangle.height, rectangle.width)
+
+
 def _rectangles(spec: ParamSpec, run: Run, index: int, num: int) -> Iterator[Rectangle]:
     matrices = matrices_of(spec)
     sizes = [segment.size for segment in spec.split.segments] if spec.split else [spec.shape[0]]

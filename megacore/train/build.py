@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from megacore.config.offload import on_host, split_problem
 from megacore.config.schema import ModelConfig, PrecisionConfig, RunConfig
 from megacore.config.settings import settings
 from megacore.config.write import config_hash
@@ -25,7 +26,7 @@ from megacore.optim.clipping import make_clip
 from megacore.optim.formats import StateFormat
 from megacore.optim.loss_scale import LossScale
 from megacore.optim.norm import GlobalNorm
-from megacore.optim.offload import place_rule
+from megacore.optim.offload import Transfer, place_rule
 from megacore.optim.rule import Rule, Share
 from megacore.optim.statistics import Watch
 from megacore.parallel.parameters import ParameterMaker, fill
@@ -34,6 +35,7 @@ from megacore.sharding.storage import Numbers, Storage
 from megacore.spec import ModelSpec
 from megacore.spec.settings import settings_of
 from megacore.spec.stages import layers_of_stages
+from megacore.train.failpoints import Failpoints
 from megacore.train.schedule import own_schedule_hash, plan_schedule
 from megacore.train.step import Trainer
 
@@ -52,6 +54,8 @@ class Built:
     storage: Storage
     trainer: Trainer
     kernels: tuple[Choice, ...]
+    failpoints: Failpoints
+    """Faults that tests ask for; none else."""
 
 
 def join(config: RunConfig, info: RankInfo) -> torch.device:
@@ -89,7 +93,7 @@ def build(
         make = ParameterMaker(spec.by_name, mesh.tp, device, dtype, config.train.seed, filled=False)
         stages = make_stages(config, make, tp, kernels, [rank == mesh.pp.rank for rank in home])
     with phases.time("buffers"):
-        storage = make_storage(config, spec, stages, mesh, make)
+        storage = make_storage(config, spec, stages, mesh, make, updates_on_host(config, device))
         rule = make_optimizer(config, spec, storage)
         norm = GlobalNorm(storage.runs, spec.params, mesh, storage.shards, () if 0 in stages else (TIED,))
         watched = config.log.statistics_every > 0
@@ -106,9 +110,9 @@ def build(
             Watch(norm, spec.params, mesh) if watched else None,
         )
     used = operations_of(config.model)
-    return Built(
-        config, spec, mesh, stages, storage, trainer, (*(c for c in choices if c.operation in used), *rule.kernels)
-    )
+    chosen = (*(c for c in choices if c.operation in used), *rule.kernels)
+    failpoints = Failpoints.of(os.environ, info.rank)
+    return Built(config, spec, mesh, stages, storage, trainer, chosen, failpoints)
 
 
 def make_stages(
@@ -138,20 +142,27 @@ def make_stages(
 def operations_of(model: ModelConfig) -> frozenset[str]:
     """The kernels that a model calls."""
     norms = {"rmsnorm": "rms_norm", "layernorm": "layer_norm"}
-    used = {"linear", norms[model.norm], model.activation, "attention"}
+    attention = "attention_softcap" if model.attention_softcap else "attention"
+    used = {"linear", norms[model.norm], model.activation.replace("-", "_"), attention}
     if model.position == "rope":
         used.add("rope")
-    if model.qk_norm:
+    if model.qk_norm and model.qk_norm_over == "head":
         used.add("rms_norm")
-    if model.attention_dropout:
+    if model.attention_dropout and not model.attention_softcap:
         used.add("attention_dropout")
     return frozenset(used)
 
 
 def make_storage(
-    config: RunConfig, spec: ModelSpec, stages: Mapping[int, Stage], mesh: ParallelMesh, make: ParameterMaker
+    config: RunConfig,
+    spec: ModelSpec,
+    stages: Mapping[int, Stage],
+    mesh: ParallelMesh,
+    make: ParameterMaker,
+    on_host: bool = False,
 ) -> Storage:
-    """Buffers for what is trained; frozen parameters stay where they are, whole on every rank."""
+    """Buffers for what is trained; frozen parameters stay where they are, whole on every rank. ``on_host``: as
+    ``Storage`` takes it."""
     of = settings_of(spec.params, config.optim)
 
     def write(name: str, tensor: Tensor) -> None:
@@ -166,7 +177,16 @@ def make_storage(
                     write(name, param.requires_grad_(False))
     alone = (TIED,) if config.model.tie_embeddings else ()
     policy = ShardingPolicy.of(config.parallel.zero)
-    return Storage(units, spec.by_name, mesh, policy, numbers_of(config.precision), write, alone)
+    return Storage(units, spec.by_name, mesh, policy, numbers_of(config.precision), write, alone, on_host)
+
+
+def updates_on_host(config: RunConfig, device: torch.device) -> bool:
+    """Whether the optimizer updates copies of the weights in host memory. Raises ValueError where it cannot."""
+    if not on_host(config.optim, device.type):
+        return False
+    if problem := split_problem(config, device.type):
+        raise ValueError(problem)
+    return True
 
 
 def numbers_of(precision: PrecisionConfig) -> Numbers:
@@ -184,19 +204,25 @@ def numbers_of(precision: PrecisionConfig) -> Numbers:
 def make_optimizer(config: RunConfig, spec: ModelSpec, storage: Storage) -> Rule:
     """The optimizer that ``optim.name`` names, over what this rank owns."""
     of = settings_of(spec.params, config.optim)
-    numbers = storage.numbers
+    numbers, mesh = storage.numbers, storage.mesh
+    transfer, device, tp, shards = None, mesh.device, mesh.tp, storage.shards
+    if storage.on_host:
+        transfer = Transfer(storage.weights, storage.own_params, storage.own_grads, device)
+        tp, device = mesh.for_host("tp"), torch.device("cpu")
+        shards = mesh.for_host("dp_shard") if shards.size > 1 else shards
     share = Share(
         runs=storage.runs,
         specs=tuple(spec.by_name[run.name] for run in storage.runs),
         weights=storage.weights,
         weight_decay=tuple(of[run.name].weight_decay for run in storage.runs),
         lr_scale=tuple(of[run.name].lr_scale for run in storage.runs),
-        tp=storage.mesh.tp,
-        shards=storage.shards,
+        tp=tp,
+        shards=shards,
         dtype=numbers.master or numbers.params,
-        device=storage.mesh.device,
+        device=device,
         format=StateFormat.of(config.optim, config.train.seed, config.precision.master),
         lower=storage.lower,
+        copies=() if storage.master is None else storage.own_params,
     )
     buckets = [[slot.name for slot in slots] for slots in storage.lending.slots]
-    return place_rule(config.optim, share, settings(config.optim), buckets, Path(config.out) / "offload")
+    return place_rule(config.optim, share, settings(config.optim), buckets, Path(config.out) / "offload", transfer)

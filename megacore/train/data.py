@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from megacore.config.schema import RunConfig
 from megacore.data.fim import FimTokens
 from megacore.data.sampler import BatchPlan
+from megacore.data.source import Source
 from megacore.data.stream import SampleStream
 from megacore.data.tokenizers.base import Tokenizer
 from megacore.data.tokenizers.opening import open_tokenizer
@@ -15,6 +19,9 @@ from megacore.mesh.mesh import ParallelMesh
 from megacore.model.inputs import Inputs
 from megacore.train.feed import Feed
 from megacore.train.overview import summary
+
+TOKENIZER_FILES = (".json", ".model", ".txt", ".jinja")
+"""Endings of the files that a folder of a tokenizer has for it."""
 
 
 @dataclass(frozen=True)
@@ -28,29 +35,48 @@ class RunData:
     feed: Feed
     evaluation: Callable[[], Iterator[list[Inputs]]]
     summary: str
+    identity: str
+    """A hash of what the samples are made of, wherever it lies: equal where every ordinal means the same sample."""
 
 
-def open_data(config: RunConfig, mesh: ParallelMesh) -> RunData:
-    """Open the corpus of a resolved run (``data.tokenizer`` filled in where it is known).
+def open_data(config: RunConfig, mesh: ParallelMesh, start: tuple[int, int] = (1, 0)) -> RunData:
+    """Open the corpus of a resolved run (``data.tokenizer`` filled in where it is known), which begins with step
+    ``start[0]`` at ordinal ``start[1]``.
 
     All ranks may call it at once: what has to be built is built by one of them while the others wait.
     """
     t, data = config.train, config.data
     tokenizer = open_tokenizer(data.tokenizer) if data.tokenizer else None
-    plan = BatchPlan(t.global_batch_size, t.micro_batch_size, t.batch_ramp)
+    plan = BatchPlan(t.global_batch_size, t.micro_batch_size, t.batch_ramp, start)
     plan.check(mesh.dp.size)
     stream = _stream(config, tokenizer, "train", plan.num_samples(t.steps))
     feed = Feed(stream, plan, mesh.dp, mesh.device)
     described = summary(stream.sources, plan.num_samples(t.steps), t.seq_len)
+    known = (tokenizer, stream.eod, plan, feed)
     if not t.eval_every:
-        return RunData(tokenizer, stream.eod, plan, feed, lambda: iter(()), described)
+        return RunData(*known, lambda: iter(()), described, identity_of(stream.sources))
     eval_stream = _stream(config, tokenizer, "valid", t.eval_steps * t.global_batch_size)
     eval_feed = Feed(eval_stream, plan, mesh.dp, mesh.device)
 
     def evaluation() -> Iterator[list[Inputs]]:
         return eval_feed.evaluation(t.eval_steps, t.global_batch_size)
 
-    return RunData(tokenizer, stream.eod, plan, feed, evaluation, described)
+    return RunData(*known, evaluation, described, identity_of(stream.sources))
+
+
+def identity_of(sources: Sequence[Source]) -> str:
+    """A hash of the data sets by their content, their shares and weights; not of where they lie."""
+    facts = [[each.meta.fingerprint, each.first, each.last, each.weight] for each in sources]
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+
+
+def tokenizer_files(spec: str) -> dict[str, bytes]:
+    """The files of a tokenizer (``data.tokenizer``) as checkpoints keep them; none of those that have no file."""
+    path = Path(spec)
+    if not spec or not path.exists():
+        return {}
+    files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.suffix in TOKENIZER_FILES]
+    return {f"tokenizer/{file.name}": file.read_bytes() for file in files}
 
 
 def _stream(config: RunConfig, tokenizer: Tokenizer | None, split: str, num_samples: int) -> SampleStream:

@@ -13,7 +13,8 @@ from megacore.monitor.console import Phases
 from megacore.optim.learning_rate import learning_rate
 from megacore.pipeline.clock import Mark
 from megacore.train.build import Built, build, join
-from megacore.train.data import RunData, open_data
+from megacore.train.data import RunData, open_data, tokenizer_files
+from megacore.train.keeping import Keeper
 from megacore.train.reporter import Reporter
 from megacore.train.step import StepResult
 from megacore.train.timing import StepClock
@@ -34,12 +35,21 @@ def train(info: RankInfo, config: RunConfig, colour: bool = False, width: int = 
 def run(info: RankInfo, config: RunConfig, device: torch.device, phases: Phases, colour: bool, width: int) -> None:
     """Build and walk the run. A function of its own: all that holds a process group ends with it."""
     built = build(config, info, device, phases)
+    keeper = Keeper(built, built.failpoints)
+    with phases.time("state"):
+        resumed = keeper.resume()
+        fresh = resumed is None and config.checkpoint.init_from
+        weights = keeper.begin_from(config.checkpoint.init_from) if fresh else ""
     with phases.time("data"):
-        data = open_data(config, built.mesh)
-    reporter = Reporter.open(config, built.mesh, colour, width)
+        start = (1, 0) if resumed is None else (resumed.step + 1, resumed.samples)
+        data = open_data(config, built.mesh, start)
+        if resumed is not None:
+            keeper.check_data(resumed, data)
+    keeper.prepare(tokenizer_files(config.data.tokenizer))
+    reporter = Reporter.open(config, built.mesh, colour, width, resumed)
     try:
-        reporter.start(built, data, phases)
-        Loop(built, data, reporter).run()
+        reporter.start(built, data, phases, weights)
+        Loop(built, data, reporter, keeper).run(start[0])
     except BaseException as error:
         reporter.fault(error)
         raise
@@ -63,15 +73,17 @@ class Late:
 class Loop:
     """Walks the steps of a built run."""
 
-    def __init__(self, built: Built, data: RunData, reporter: Reporter) -> None:
-        self.built, self.data, self.reporter, self.config = built, data, reporter, built.config
+    def __init__(self, built: Built, data: RunData, reporter: Reporter, keeper: Keeper) -> None:
+        self.built, self.data, self.reporter, self.keeper, self.config = built, data, reporter, keeper, built.config
         self.late: Late | None = None
 
-    def run(self) -> None:
-        """All steps; each step's figures are read and written one step later: the device never waits for the host."""
+    def run(self, first_step: int = 1) -> None:
+        """All steps from ``first_step`` on; each step's figures are read and written one step later: the device never
+        waits for the host."""
         c, device = self.config, self.built.mesh.device
         began = Mark(device)
-        for step in range(1, c.train.steps + 1):
+        for step in range(first_step, c.train.steps + 1):
+            self.built.failpoints.begin(step)
             batch = self.data.plan.batch(step)
             microbatches = self.data.feed.step(step)
             lr = learning_rate(c.optim, step)
@@ -85,15 +97,26 @@ class Loop:
             self.flush()
             self.late = Late(step, result, lr, began, ended, batch.size * c.train.seq_len)
             evaluates, samples = self.due(c.train.eval_every, step), self.due(c.log.sample_every, step)
+            saves = self.due(c.checkpoint.save_every, step) or self.due(c.checkpoint.export_hf_every, step)
             if evaluates:
                 self.late.val_loss = self.evaluate()
             if samples:
                 self.flush()
                 self.sample(step)
+            self.keeper.poll(self.reporter)
+            if saves:
+                self.save(step)
             # a step lasts from the end of the one before, but for what is no training
-            began = Mark(device) if evaluates or samples else ended
+            began = Mark(device) if evaluates or samples or saves else ended
         self.flush()
+        self.keeper.finish(self.reporter)
         self.reporter.finish()
+
+    def save(self, step: int) -> None:
+        """Keep the state after a step. Its figures are written down before: what is resumed has no gap."""
+        val_loss = None if self.late is None or self.late.val_loss is None else self.late.val_loss.item()
+        self.flush()
+        self.keeper.save(step, self.data, self.reporter, val_loss)
 
     def due(self, every: int, step: int) -> bool:
         """Whether what happens every so many steps, and after the last, happens after this one; 0: never."""

@@ -35,8 +35,8 @@ class Span:
 class Meter:
     """Adds up steps until they are read."""
 
-    def __init__(self) -> None:
-        self._begin(1)
+    def __init__(self, first_step: int = 1) -> None:
+        self._begin(first_step)
 
     def _begin(self, step: int) -> None:
         self._first_step = self._next_step = step
@@ -76,8 +76,10 @@ class Meter:
 class Skips:
     """Steps without an update since the run began."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._total = self._in_row = self._longest = torch.zeros((), dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, before: int = 0) -> None:
+        """``before``: how many there were before this process took the run up."""
+        self._in_row = self._longest = torch.zeros((), dtype=torch.float64, device=device)
+        self._total = self._in_row + before
 
     def add(self, skipped: Tensor) -> None:
         """``skipped`` is 1 or 0, a scalar on the device."""

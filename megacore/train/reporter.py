@@ -24,18 +24,31 @@ from megacore.cost.timeline import Timeline
 from megacore.cost.trace import write_trace
 from megacore.mesh.collectives import agree, all_reduce
 from megacore.mesh.mesh import ParallelMesh
-from megacore.monitor.console import Console, Phases, cut, human_count, human_time, phase_lines, visible_width
+from megacore.monitor.console import (
+    Console,
+    Phases,
+    cut,
+    human_bytes,
+    human_count,
+    human_time,
+    phase_lines,
+    visible_width,
+)
+from megacore.monitor.jsonl import drop_lines
 from megacore.monitor.memory import peak_memory_gb
 from megacore.monitor.metrics import EventsWriter, MetricsWriter, StepMetrics, format_line
-from megacore.monitor.run_folder import CONFIG, LOG, TIMELINE, TIMELINE_PICTURE, archive_previous_run
+from megacore.monitor.run_folder import CONFIG, LOG, METRICS, TIMELINE, TIMELINE_PICTURE, archive_previous_run
 from megacore.monitor.trackers import Tracker, open_trackers
 from megacore.spec.flops import train_flops_per_token
 from megacore.train.meter import Meter, Skips, Span
 from megacore.train.overview import overview
 
 if TYPE_CHECKING:
+    from megacore.checkpoint.save import Outcome
     from megacore.train.build import Built
     from megacore.train.data import RunData
+    from megacore.train.exporting import Exported
+    from megacore.train.keeping import Resumed
     from megacore.train.loop import Late
 
 
@@ -56,27 +69,36 @@ class Files:
 class Reporter:
     """Figures, events and texts of one run. ``files`` is None on ranks that are silent."""
 
-    def __init__(self, config: RunConfig, mesh: ParallelMesh, files: Files | None) -> None:
-        self.config, self.mesh, self.files = config, mesh, files
-        self.tokens = 0
-        self.recorded, self.shown, self.skips, self.warned = Meter(), Meter(), Skips(mesh.device), False
+    def __init__(
+        self, config: RunConfig, mesh: ParallelMesh, files: Files | None, resumed: Resumed | None = None
+    ) -> None:
+        self.config, self.mesh, self.files, self.resumed = config, mesh, files, resumed
+        state = {} if resumed is None else resumed.state
+        self.tokens = int(state.get("tokens", 0))
+        first_step = 1 if resumed is None else resumed.step + 1
+        self.recorded, self.shown, self.warned = Meter(first_step), Meter(first_step), False
+        self.skips = Skips(mesh.device, int(state.get("skipped", 0)))
         self.most_memory_gb: Tensor | None = None
         self.began = time.perf_counter()
 
     @classmethod
-    def open(cls, config: RunConfig, mesh: ParallelMesh, colour: bool, width: int) -> Reporter:
-        """Make the run's folder and files on rank 0; what goes wrong there is raised on every rank."""
+    def open(
+        cls, config: RunConfig, mesh: ParallelMesh, colour: bool, width: int, resumed: Resumed | None = None
+    ) -> Reporter:
+        """Make the run's folder and files on rank 0; what goes wrong there is raised on every rank. A run that was
+        ``resumed`` from its own folder goes on in its files."""
         files, error = None, None
         if mesh.rank == 0:
             try:
-                files = open_files(config, colour, width)
+                files = open_files(config, colour, width, resumed)
             except (OSError, ValueError) as reason:
                 error = reason
         agree(error, mesh.world)
-        return cls(config, mesh, files)
+        return cls(config, mesh, files, resumed)
 
-    def start(self, built: Built, data: RunData, phases: Phases) -> None:
-        """Say what is about to run, and how long it took to get here."""
+    def start(self, built: Built, data: RunData, phases: Phases, weights: str = "") -> None:
+        """Say what is about to run, and how long it took to get here; ``weights`` are what it begins with, if not
+        random ones."""
         self.flops_per_token = train_flops_per_token(built.spec, self.config.train.seq_len)
         if self.files is None:
             return
@@ -96,7 +118,63 @@ class Reporter:
             parameters=built.spec.num_params,
             startup_s={name: round(seconds, 3) for name, seconds in phases.seconds.items()},
             versions={"megacore": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            **({"init_from": weights} if weights else {}),
         )
+        if weights:
+            console.line(f"weights  those of {weights}")
+        if self.resumed is not None:
+            self.tell_resumed(self.resumed, self.files)
+
+    def tell_resumed(self, resumed: Resumed, files: Files) -> None:
+        """Where the run goes on, and what is different now."""
+        for line in resumed.lines():
+            head, _, text = line.partition("  ")
+            files.console.line(f"{files.console.paint(head, 'yellow')}  {text}" if head == "warning" else line)
+        steps = self.config.train.steps
+        if resumed.step >= steps:
+            files.console.line(f"nothing is left to do: train.steps={steps}")
+        files.console.line()
+        files.events.write(
+            "resume",
+            step=resumed.step,
+            samples=resumed.samples,
+            checkpoint=resumed.what,
+            changes=[str(change) for change in resumed.changes],
+            rejected=list(resumed.rejected),
+        )
+
+    def saved(self, outcome: Outcome) -> None:
+        """A save has ended, for good or ill."""
+        if self.files is None:
+            return
+        console, events = self.files.console, self.files.events
+        facts = {"step": outcome.step, "checkpoint": outcome.folder, "bytes": outcome.num_bytes}
+        if outcome.problem:
+            text = f"step {outcome.step} was not saved: {outcome.problem}"
+            console.line(f"{console.paint('warning', 'yellow', 'bold')}  {text}")
+            events.write("save_failed", **facts, reason=outcome.problem)
+            return
+        size, seconds = human_bytes(outcome.num_bytes), human_time(outcome.seconds)
+        console.line(f"{console.paint('saved', 'cyan')}  step {outcome.step}: {size} in {seconds} → {outcome.folder}")
+        events.write("save", **facts, seconds=round(outcome.seconds, 3), removed=list(outcome.removed))
+
+    def exported(self, result: Exported | None) -> None:
+        """An export has ended."""
+        if self.files is None or result is None:
+            return
+        console = self.files.console
+        if result.problem:
+            text = f"step {result.step} was not exported: {result.problem}"
+            console.line(f"{console.paint('warning', 'yellow', 'bold')}  {text}")
+            self.files.events.write("export_failed", step=result.step, reason=result.problem)
+            return
+        console.line(f"{console.paint('export', 'cyan')}  step {result.step} as a Hugging Face model → {result.folder}")
+        self.files.events.write("export", step=result.step, folder=result.folder)
+
+    @property
+    def skipped(self) -> int:
+        """Steps without an update since the run began; of rank 0."""
+        return self.skips.total
 
     def step(self, late: Late) -> None:
         """Record a step, and show it, if that is due. All ranks call it; reading the figures waits for the device."""
@@ -249,14 +327,18 @@ def most_memory_gb(mesh: ParallelMesh) -> Tensor:
     return all_reduce(own, mesh.world, "max")
 
 
-def open_files(config: RunConfig, colour: bool, width: int) -> Files:
-    """Make the run's folder; an earlier run in it is put aside."""
+def open_files(config: RunConfig, colour: bool, width: int, resumed: Resumed | None = None) -> Files:
+    """Make the run's folder; an earlier run in it is put aside, unless this one goes on where that one was saved."""
     out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"out={config.out} cannot be made ({error.strerror}); name another folder") from error
-    moved = archive_previous_run(out)
+    goes_on = resumed is not None and resumed.own
+    if resumed is not None and goes_on:
+        last = resumed.step
+        drop_lines(out / METRICS, lambda record: record["step"] <= last)  # the others are made again
+    moved = None if goes_on else archive_previous_run(out)
     console = Console(sys.stdout, out / LOG, colour, width)
     if moved is not None:
         console.line(f"an earlier run was in {out}: it now lies in {moved}")

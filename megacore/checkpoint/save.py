@@ -1,0 +1,194 @@
+"""Saves checkpoints beside training: state is copied, a thread writes the copy, and training goes on.
+
+    all ranks            rank 0
+    copy own slices
+    (thread) say how many bytes -> is there room? -> go on, or all give up
+    (thread) write, fsync, say what was written -> fsync folder, write manifest, rename, old ones go
+    (thread) hear whether it is a checkpoint now
+
+Threads of all ranks meet in a group of their own, so training's collectives are not disturbed. Until the manifest is
+renamed into place, everything before it is whatever a killed run left behind, and the checkpoint before it is whole.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from threading import Thread
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megacore.checkpoint.find import LATEST, folder_of
+from megacore.checkpoint.parts import Part
+from megacore.checkpoint.retain import Retention, prune
+from megacore.checkpoint.store import Store
+from megacore.checkpoint.write import Planned, WrittenFile, commit, write_file
+from megacore.config.schema import RunConfig
+from megacore.mesh.collectives import gather_objects
+from megacore.mesh.group import Group
+
+ROOM = 1 << 26
+"""Bytes that must be left on a disk beside the checkpoint: for manifest, attachments and logs."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a checkpoint says besides its tensors; rank 0's counts."""
+
+    step: int
+    config: RunConfig
+    layout: Mapping[str, int]
+    state: Mapping[str, Any]
+    attachments: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a save: ``problem`` is '' or why there is no checkpoint of this step; ``removed`` are the folders
+    that had to go. Equal on all ranks."""
+
+    step: int
+    folder: str
+    num_bytes: int
+    seconds: float
+    problem: str = ""
+    removed: tuple[str, ...] = ()
+
+
+class Saver:
+    """Writes a rank's slices. ``group`` is for this alone, over gloo, of all ranks; ``clock`` gives seconds."""
+
+    def __init__(
+        self,
+        store: Store,
+        parts: Sequence[Part],
+        group: Group,
+        retention: Retention,
+        in_background: bool,
+        clock: Callable[[], float],
+    ) -> None:
+        self.store, self.parts, self.group, self.retention = store, list(parts), group, retention
+        self.in_background, self.clock = in_background, clock
+        self.planned = [Planned(part.key, part.shape, part.start, part.size, part.dtype) for part in self.parts]
+        self.num_bytes = sum(plan.num_bytes for plan in self.planned)
+        self.staged: list[Tensor] = []
+        self.thread: Thread | None = None
+        self.outcome: Outcome | None = None
+
+    @torch.no_grad()
+    def start(self, facts: Facts) -> None:
+        """Begin to save; an earlier save is waited for first, and ``take`` must have been asked for it.
+
+        When this returns, state may change: in the background a copy is written, else all of it has been.
+        """
+        assert self.thread is None and self.outcome is None, "the outcome of the save before was not taken"
+        began = self.clock()
+        if not self.in_background:
+            self._work(facts, (part.values().cpu().contiguous() for part in self.parts), began)
+            return
+        self._stage()
+        ready = _device_is_done(self.parts)
+        self.thread = Thread(target=self._work, args=(facts, self.staged, began, ready), name="checkpoint")
+        self.thread.start()
+
+    def take(self, wait: bool = False) -> Outcome | None:
+        """What became of the save that was begun, once; None if it goes on, or if there was none."""
+        if self.thread is not None:
+            if wait:
+                self.thread.join()
+            if self.thread.is_alive():
+                return None
+            self.thread = None
+        outcome, self.outcome = self.outcome, None
+        return outcome
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save's outcome has not been taken yet."""
+        return self.thread is not None or self.outcome is not None
+
+    def _stage(self) -> None:
+        """Copy the slices into memory that is kept from save to save."""
+        if not self.staged:
+            pinned = any(part.tensor.device.type == "cuda" for part in self.parts)
+            self.staged = [torch.empty(part.size, dtype=part.dtype, pin_memory=pinned) for part in self.parts]
+        for part, copy in zip(self.parts, self.staged, strict=True):
+            copy.copy_(part.values(), non_blocking=True)
+
+    def _work(self, facts: Facts, tensors: Any, began: float, ready: Callable[[], None] | None = None) -> None:
+        """All of a save; whatever happens becomes its outcome, on all ranks."""
+        folder = self.store.child(folder_of(facts.step))
+        problem, total = "", 0
+        removed: tuple[str, ...] = ()
+        try:
+            if ready is not None:
+                ready()
+            total, problem = self._has_room(folder)
+            if not problem:
+                written = self._write(folder, tensors)
+                problem, removed = self._commit(folder, facts, written)
+        except Exception as error:  # the others have gone: training will say why
+            problem = f"{type(error).__name__}: {error}"
+        seconds = self.clock() - began
+        self.outcome = Outcome(facts.step, folder.describe(), total, seconds, problem, removed)
+
+    def _has_room(self, folder: Store) -> tuple[int, str]:
+        """(bytes of all ranks, why they cannot be written or '')."""
+        total = sum(gather_objects(self.num_bytes, self.group))
+        problem = ""
+        if self.group.rank == 0:
+            try:
+                folder.remove_all()  # what a killed save of this step left behind
+                free = folder.free_bytes()
+                if free is not None and free < total + ROOM:
+                    problem = f"{self.store.describe()} has {free} bytes left, the checkpoint takes {total}; free some"
+            except OSError as error:
+                problem = f"{self.store.describe()}: {error}"
+        return total, gather_objects(problem, self.group)[0]
+
+    def _write(self, folder: Store, tensors: Any) -> list[WrittenFile | str]:
+        """What every rank has written, or why it could not."""
+        own: WrittenFile | str
+        try:
+            own = write_file(folder, f"rank-{self.group.rank:05d}.safetensors", self.planned, tensors)
+        except Exception as error:  # of whatever kind: all ranks must hear of it
+            own = f"rank {self.group.rank}: {type(error).__name__}: {error}"
+        return gather_objects(own, self.group)
+
+    def _commit(self, folder: Store, facts: Facts, written: list[WrittenFile | str]) -> tuple[str, tuple[str, ...]]:
+        """(why it is no checkpoint or '', folders that were removed)."""
+        answer: tuple[str, tuple[str, ...]] = "", ()
+        if self.group.rank == 0:
+            problems = [each for each in written if isinstance(each, str)]
+            try:
+                if problems:
+                    folder.remove_all()
+                    answer = "; ".join(problems), ()
+                else:
+                    answer = "", self._make_checkpoint(folder, facts, written)
+            except Exception as error:
+                answer = f"rank 0: {type(error).__name__}: {error}", ()
+        return gather_objects(answer, self.group)[0]
+
+    def _make_checkpoint(self, folder: Store, facts: Facts, written: list[Any]) -> tuple[str, ...]:
+        commit(
+            folder,
+            [each for each in written if each.slices],
+            kind="training",
+            step=facts.step,
+            config=facts.config,
+            layout=facts.layout,
+            state=facts.state,
+            attachments=facts.attachments,
+        )
+        self.store.replace(LATEST, f"{folder_of(facts.step)}\n".encode())
+        return prune(self.store, self.retention)
+
+
+def _device_is_done(parts: Sequence[Part]) -> Callable[[], None] | None:
+    """Waits until copies that a device makes are there."""
+    if not any(part.tensor.device.type == "cuda" for part in parts):
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event.synchronize

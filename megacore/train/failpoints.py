@@ -1,0 +1,96 @@
+"""Faults on purpose, so that tests can show what a run survives: MEGACORE_FAIL=POINT[#N]:RANK:STEP:ACTION.
+
+POINT is ``step`` (before a step begins) or an operation of a save: ``write``, ``fsync``, ``rename``, ``remove``; N
+counts it within the step, from 1 (default 1). RANK and STEP may be ``*``. ACTION is ``kill`` (SIGKILL), ``raise``,
+``enospc`` (as of a full disk) or ``hang``. Several are separated by commas.
+"""
+
+import errno
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+VARIABLE = "MEGACORE_FAIL"
+POINTS = ("step", "write", "fsync", "rename", "remove")
+ACTIONS = ("kill", "raise", "enospc", "hang")
+
+
+class Provoked(RuntimeError):
+    """A fault that was asked for."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One of them; None stands for any."""
+
+    point: str
+    count: int
+    rank: int | None
+    step: int | None
+    action: str
+
+
+class Failpoints:
+    """The faults of one rank; ``step`` is the one that is under way."""
+
+    def __init__(self, faults: tuple[Fault, ...] = ()) -> None:
+        self.faults, self.step = faults, 0
+        self.seen: Counter[str] = Counter()
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str], rank: int) -> "Failpoints":
+        """Those that the environment asks for. Raises ValueError for what cannot be understood."""
+        texts = [text for text in environment.get(VARIABLE, "").split(",") if text]
+        return cls(tuple(fault for fault in map(parse, texts) if fault.rank in (None, rank)))
+
+    def begin(self, step: int) -> None:
+        """A step, or the save after it, begins."""
+        self.step = step
+        self.seen.clear()
+        self.hit("step")
+
+    def notice(self, operation: str) -> None:
+        """An operation of a save is about to happen, such as "write NAME"."""
+        self.hit(operation.partition(" ")[0])
+
+    def hit(self, point: str) -> None:
+        """Fail here, if that is asked for."""
+        if not self.faults:
+            return
+        self.seen[point] += 1
+        for fault in self.faults:
+            if fault.point == point and fault.count == self.seen[point] and fault.step in (None, self.step):
+                _fail(fault, self.step)
+
+
+def parse(text: str) -> Fault:
+    """One fault. Raises ValueError that shows the form."""
+    parts = text.split(":")
+    if len(parts) == 4:
+        point, _, count = parts[0].partition("#")
+        numbers = [None if part == "*" else _number(part) for part in parts[1:3]]
+        known = point in POINTS and parts[3] in ACTIONS and _number(count or "1") > 0
+        if known and all(number is None or number >= 0 for number in numbers):
+            return Fault(point, int(count or 1), numbers[0], numbers[1], parts[3])
+    raise ValueError(
+        f"{VARIABLE}={text} is not POINT[#N]:RANK:STEP:ACTION with POINT one of {', '.join(POINTS)}, ACTION one of "
+        f"{', '.join(ACTIONS)}, and numbers or * between; write write#2:0:100:kill, or unset it"
+    )
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isdecimal() else -1
+
+
+def _fail(fault: Fault, step: int) -> None:
+    what = f"{VARIABLE}: {fault.point} at step {step}"
+    if fault.action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault.action == "hang":
+        threading.Event().wait()
+    if fault.action == "enospc":
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({what})")
+    raise Provoked(what)

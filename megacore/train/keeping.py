@@ -1,0 +1,250 @@
+"""What a run keeps and goes on from: which checkpoint is taken up at the start, and when state is saved."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megacore.checkpoint.find import ASIDE, CHECKPOINTS, LATEST, folder_of, steps_in
+from megacore.checkpoint.manifest import MANIFEST, TRAINING
+from megacore.checkpoint.read import Checkpoint
+from megacore.checkpoint.retain import VAL_LOSS, Retention
+from megacore.checkpoint.save import Facts, Outcome, Saver
+from megacore.checkpoint.store import Store, open_store
+from megacore.config.changes import SAFE, Change, changes, model_problems, refuse
+from megacore.config.errors import ConfigError
+from megacore.config.schema import RunConfig
+from megacore.mesh.collectives import agree, gather_objects
+from megacore.train.exporting import Exporter
+from megacore.train.failpoints import Failpoints
+from megacore.train.state import State
+
+if TYPE_CHECKING:
+    from megacore.train.build import Built
+    from megacore.train.data import RunData
+    from megacore.train.reporter import Reporter
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on. ``own``: from its own folder, whose files go on, too. ``rejected``: newer checkpoints that
+    could not be used, and why."""
+
+    what: str
+    step: int
+    state: Mapping[str, Any]
+    own: bool
+    changes: tuple[Change, ...]
+    rejected: tuple[str, ...]
+
+    @property
+    def samples(self) -> int:
+        """Ordinals below this have been trained on."""
+        return int(self.state["samples"])
+
+    def lines(self) -> Iterator[str]:
+        """What a person should know."""
+        for reason in self.rejected:
+            yield f"warning  passed over: {reason}"
+        yield f"resume   step {self.step}, from {self.what}"
+        for change in self.changes:
+            yield f"{'         ' if change.kind == SAFE else 'warning  '}{change}"
+
+
+class Keeper:
+    """Checkpoints of one run. All ranks call everything, in the same order."""
+
+    def __init__(self, built: Built, failpoints: Failpoints) -> None:
+        self.config, self.world, self.built = built.config, built.mesh.world, built
+        self.rank = built.mesh.rank
+        self.store = open_store(checkpoints_of(self.config), failpoints.notice)
+        self.state = State(built)
+        self.saver: Saver | None = None
+        self.attachments: Mapping[str, bytes] = {}
+        self.last: Outcome | None = None
+        self.exporter: Exporter | None = None
+
+    def resume(self) -> Resumed | None:
+        """Take up the newest whole checkpoint that ``checkpoint.resume`` allows; None where the run begins anew.
+
+        Raises ValueError where there should be one and none is whole, ConfigError where the run does not fit it.
+        """
+        resume = self.config.checkpoint.resume
+        if resume == "never":
+            self._put_aside(0)
+            return None
+        where = self.store if resume == "auto" else open_store(resume)
+        rejected: list[str] = []
+        for folder in self._candidates(where):
+            taken = self._take_up(folder)
+            if isinstance(taken, str):
+                rejected.append(taken)
+                continue
+            own = _place(folder).parent == _place(self.store)
+            if own:
+                self._put_aside(taken.manifest.step)
+            self.attachments = taken.attachments
+            found = changes(taken.config, self.config)
+            return Resumed(taken.what, taken.manifest.step, taken.manifest.state, own, tuple(found), tuple(rejected))
+        lost = gather_objects(LATEST in where.names(), self.world)[0]
+        if rejected or resume != "auto" or lost:
+            reasons = "".join(f"\n  {reason}" for reason in rejected)
+            raise ValueError(
+                f"checkpoint.resume={resume}: {where.describe()} holds no whole checkpoint; restore one, or set "
+                f"checkpoint.resume=never to begin anew{reasons}"
+            )
+        self._put_aside(0)
+        return None
+
+    def begin_from(self, path: str) -> str:
+        """Take weights from ``checkpoint.init_from``; returns what that is. Raises ValueError where they do not fit."""
+        error, what = None, ""
+        try:
+            from megacore.checkpoint.opening import open_weights
+
+            source = open_weights(path)
+            what, self.attachments = source.what, source.attachments
+            if problems := model_problems(source.model, self.config.model, what):
+                raise ConfigError(problems)
+            self.state.load_weights(source)
+        except (ValueError, OSError) as reason:
+            error = reason
+        agree(error, self.world)
+        self.state.publish()
+        return what
+
+    def prepare(self, attachments: Mapping[str, bytes]) -> None:
+        """Get ready to save, if that will be due; ``attachments`` go with each checkpoint."""
+        c = self.config.checkpoint
+        if not (c.save_every or c.export_hf_every):
+            return
+        self.attachments = {**self.attachments, **attachments}
+        retention = Retention(c.keep, c.keep_every, c.keep_best)
+        group = self.built.mesh.beside()
+        self.saver = Saver(self.store, self.state.own_parts(), group, retention, c.async_save, time.perf_counter)
+        if c.export_hf_every and self.rank == 0:
+            self.exporter = Exporter(self.store, Path(self.config.out) / "hf", c.export_dtype, retention)
+
+    def check_data(self, resumed: Resumed, data: RunData) -> None:
+        """Raise ConfigError where samples are no more what they were."""
+        if resumed.state["data"] != data.identity:
+            raise ConfigError(
+                [
+                    f"data.blend: the data sets, their weights or their split are not those that {resumed.what} was "
+                    "trained on, so samples would be lost or met twice; give back the same data, or start anew from "
+                    "its weights with checkpoint.init_from"
+                ]
+            )
+
+    def save(self, step: int, data: RunData, reporter: Reporter, val_loss: float | None) -> None:
+        """Begin to save the state after ``step``, whose figures must have been reported."""
+        assert self.saver is not None, "prepare comes first"
+        self._report(self.saver.take(wait=True), reporter)
+        layout = self.built.mesh.layout
+        axes = ("tp", "pp", "dp", "cp", "ep", "etp", "dp_shard", "chunks", "zero", "world")
+        state: dict[str, Any] = {
+            "samples": data.plan.num_samples(step),
+            "tokens": reporter.tokens,
+            "skipped": reporter.skipped if self.rank == 0 else 0,
+            "data": data.identity,
+        }
+        if val_loss is not None:
+            state[VAL_LOSS] = val_loss
+        sizes = {axis: getattr(layout, axis) for axis in axes}
+        self.saver.start(Facts(step, self.config, sizes, state, self.attachments))
+        if not self.config.checkpoint.async_save:
+            self.poll(reporter)
+
+    def poll(self, reporter: Reporter) -> None:
+        """Report a save that has ended; does not wait."""
+        if self.saver is not None:
+            self._report(self.saver.take(), reporter)
+
+    def finish(self, reporter: Reporter) -> None:
+        """Wait for what goes on. Raises RuntimeError where the last state could not be saved."""
+        if self.saver is not None:
+            self._report(self.saver.take(wait=True), reporter)
+        if self.last is not None and self.last.problem:
+            raise RuntimeError(f"step {self.last.step} could not be saved: {self.last.problem}")
+        if self.exporter is not None:
+            reporter.exported(self.exporter.take(wait=True))
+
+    def _report(self, outcome: Outcome | None, reporter: Reporter) -> None:
+        if outcome is None:
+            return
+        self.last = outcome
+        reporter.saved(outcome)
+        every = self.config.checkpoint.export_hf_every
+        due = every and (outcome.step % every == 0 or outcome.step == self.config.train.steps)
+        if self.exporter is not None and due and not outcome.problem:
+            reporter.exported(self.exporter.take(wait=True))
+            self.exporter.start(outcome.step)
+
+    def _candidates(self, where: Store) -> list[Store]:
+        """Folders of finished checkpoints, newest first: rank 0 looks, so that all see the same."""
+        if MANIFEST in where.names():
+            return [where]
+        inner = where.child(CHECKPOINTS) if CHECKPOINTS in where.folders() else where
+        steps = [step for step, _, is_finished in steps_in(inner) if is_finished]
+        return [inner.child(folder_of(step)) for step in gather_objects(steps, self.world)[0]]
+
+    def _take_up(self, folder: Store) -> Checkpoint | str:
+        """The checkpoint, loaded, or why that cannot be, the same on all ranks."""
+        checkpoint, problem = None, ""
+        try:
+            checkpoint = Checkpoint.of(folder)
+        except (ValueError, OSError) as reason:
+            problem = str(reason)
+        if problem := self._first(problem):
+            return problem
+        assert checkpoint is not None
+        if checkpoint.manifest.kind != TRAINING:
+            raise ValueError(
+                f"checkpoint.resume: {checkpoint.what} holds weights alone; start from them with checkpoint.init_from"
+            )
+        refuse(changes(checkpoint.config, self.config), checkpoint.what)
+        try:
+            self.state.load(checkpoint)
+            assert checkpoint.attachments is not None  # read, and so verified, now
+        except (ValueError, OSError) as reason:
+            problem = str(reason)
+        if problem := self._first(problem):
+            return problem
+        self.state.publish()
+        return checkpoint
+
+    def _first(self, problem: str) -> str:
+        """The first rank's problem that has one, on all ranks."""
+        return next((each for each in gather_objects(problem, self.world) if each), "")
+
+    def _put_aside(self, step: int) -> None:
+        """Steps after ``step`` are about to be made anew: their checkpoints make room, unfinished saves go."""
+        error = None
+        if self.rank == 0:
+            try:
+                taken = set(self.store.child(ASIDE).folders())
+                for other, folder, is_finished in steps_in(self.store):
+                    if other <= step:
+                        continue
+                    if not is_finished:
+                        folder.remove_all()
+                        continue
+                    name = next(n for i in range(1, len(taken) + 2) if (n := f"{folder_of(other)}-{i}") not in taken)
+                    self.store.move_folder(folder_of(other), f"{ASIDE}/{name}")
+            except OSError as reason:
+                error = reason
+        agree(error, self.world)
+
+
+def checkpoints_of(config: RunConfig) -> str:
+    """Where a run's checkpoints lie."""
+    return config.checkpoint.folder or str(Path(config.out) / CHECKPOINTS)
+
+
+def _place(store: Store) -> Path:
+    """To be compared with another store's."""
+    return Path(os.path.realpath(store.describe()) if "://" not in store.describe() else store.describe())
