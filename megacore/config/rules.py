@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from megacore.config.batch import batch_problems, multiples
+from megacore.config.offload import split_problem
 from megacore.config.param_groups import param_group_problems
 from megacore.config.pipeline import cut_problem, num_chunks, schedule_problems
 from megacore.config.resolve import resolve_model, rotary_dims
@@ -233,8 +234,8 @@ def _clipping(config: RunConfig, world_size: int | None) -> Iterator[str]:
 
 def _offload(config: RunConfig, world_size: int | None) -> Iterator[str]:
     o = config.optim
-    if o.offload == "cpu" and config.train.device == "cpu":
-        yield "optim.offload=cpu: with train.device=cpu all state is in host memory already; use none or nvme"
+    if problem := split_problem(config, config.train.device):
+        yield problem
     if o.offload_folder and o.offload != "nvme":
         yield f'optim.offload_folder="{o.offload_folder}" is for optim.offload=nvme, not {o.offload}; leave it out'
 
@@ -336,7 +337,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_zero, ("parallel", "log.timeline_step")),
     (_batch, ("parallel", "train")),
     (_optim, ("optim", "train.steps")),
-    (_offload, ("optim.offload", "optim.offload_folder", "train.device")),
+    (_offload, ("optim.offload", "optim.offload_folder", "precision.master", "train.device")),
     (_clipping, ("optim.clip", "optim.clip_grad")),
     (_param_groups, ("optim.groups",)),
     (_precision, ("precision",)),

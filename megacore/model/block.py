@@ -44,7 +44,7 @@ class Block(nn.Module):
             return recomputed(partial(self.compute, shared=shared), partial(self.again, shared=shared), x_th)
         if self.offload:
             common = (tensor for tensor in (shared.cos, shared.sin, shared.mask) if tensor is not None)
-            return offloaded(partial(self.compute, x_th, shared), (*self.parameters(), *common), shared.kept)
+            return offloaded(partial(self.compute, x_th, shared), tuple(self.parameters()), shared.kept, tuple(common))
         return self.compute(x_th, shared)
 
     def compute(self, x_th: Tensor, shared: Shared) -> Tensor:

@@ -1,12 +1,16 @@
 """Activations that wait for backward in host memory (Rhu et al. 2016, vDNN; Rajbhandari et al. 2021, section 5.1.2).
 
 What a block saves leaves the GPU on a stream of its own, behind the block's forward; when backward reaches the block
-above, it comes back on another, so that both trips run beside computation. Host memory is pinned. A block's parameters
-stay: they are not activations. On a CPU the same copies are made in place, which saves nothing and serves tests.
+above, it comes back on another, so that both trips run beside computation. Host memory is pinned. On a CPU the same
+copies are made, in the same memory, which saves nothing and serves tests.
+
+A block's parameters are not activations: of them it is noted which they are, and backward sees those of its own time.
+Under ZeRO-3 they are elsewhere by then, and where they were may be another block's.
 """
 
 from collections.abc import Callable, Collection
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,36 +20,59 @@ MIN_BYTES = 1 << 12
 """Smaller tensors are not worth a trip."""
 
 
-def offloaded(run: Callable[[], Tensor], stays: Collection[Tensor], kept: list["Kept"]) -> Tensor:
-    """``run()``, of which everything saved for backward waits in host memory except ``stays`` and views of them.
+def offloaded(
+    run: Callable[[], Tensor], params: Collection[Tensor], kept: list["Kept"], stays: Collection[Tensor] = ()
+) -> Tensor:
+    """``run()``, of which everything saved for backward waits in host memory except ``params``, ``stays`` and views of
+    them.
 
     ``kept`` holds what the block before saved, if any, and afterwards what this one did.
     """
     if not torch.is_grad_enabled():
         return run()
-    own = Kept({tensor.untyped_storage().data_ptr() for tensor in stays}, kept[-1] if kept else None)
+    own = Kept(params, stays, kept[-1] if kept else None)
     kept[:] = [own]
     with saved_tensors_hooks(own.pack, own.unpack):
         return run()
 
 
+class View(NamedTuple):
+    """A parameter, or a part of it, wherever it is when somebody looks."""
+
+    param: Tensor
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def now(self) -> Tensor:
+        """The numbers as they are."""
+        return self.param.detach().as_strided(self.size, self.stride, self.param.storage_offset() + self.offset)
+
+
 class Kept:
     """What one block saved, on its way to the host and back."""
 
-    def __init__(self, stays: Collection[int], before: "Kept | None") -> None:
-        self.stays, self.before = stays, before
+    def __init__(self, params: Collection[Tensor], stays: Collection[Tensor], before: "Kept | None") -> None:
+        self.before = before
+        self.params = tuple(param for param in params if param.numel())
+        self.stays = {tensor.untyped_storage().data_ptr() for tensor in stays}
         self.trips: list[_Trip | None] = []
         self.fetched = False
 
-    def pack(self, tensor: Tensor) -> Tensor | int:
+    def pack(self, tensor: Tensor) -> Tensor | View | int:
         """Send a tensor away; what is left is its number, or itself where it stays."""
+        for param in self.params:
+            if (place := _place_in(param, tensor)) is not None:
+                return View(param, tensor.shape, tensor.stride(), place)
         if tensor.nbytes < MIN_BYTES or tensor.untyped_storage().data_ptr() in self.stays:
             return tensor
         self.trips.append(_Trip(tensor.detach()))
         return len(self.trips) - 1
 
-    def unpack(self, packed: Tensor | int) -> Tensor:
+    def unpack(self, packed: Tensor | View | int) -> Tensor:
         """The tensor again, once; the block that comes next in backward is called back, too."""
+        if isinstance(packed, View):
+            return packed.now()
         if isinstance(packed, Tensor):
             return packed
         self.fetch()
@@ -62,6 +89,14 @@ class Kept:
             for trip in self.trips:
                 if trip is not None:
                     trip.turn()
+
+
+def _place_in(param: Tensor, tensor: Tensor) -> int | None:
+    """At which element of a contiguous parameter a tensor begins; None if it lies elsewhere."""
+    if param.dtype != tensor.dtype or param.device != tensor.device:
+        return None
+    place, rest = divmod(tensor.data_ptr() - param.data_ptr(), param.itemsize)
+    return place if 0 <= place < param.numel() and not rest else None
 
 
 class _Trip:

@@ -39,6 +39,7 @@ class AdamSteps(ElementWise):
         if self.kernel is None:
             choice = Choice(type(self).__name__.lower(), "torch in chunks", rejected)
         self.kernels = (choice,)
+        self.writes_copies = self.kernel is not None and any(copy.dtype == torch.bfloat16 for copy in share.copies)
 
     @torch.no_grad()
     def update(self, grads: Sequence[Tensor], lr: float, taken: Tensor) -> None:
@@ -56,7 +57,7 @@ class AdamSteps(ElementWise):
             known["eps"],
             self.coupled,
         )
-        self.kernel(share.weights, grads, self.plain, rates, taken)
+        self.kernel(share.weights, grads, self.plain, rates, taken, share.copies if self.writes_copies else ())
 
     def move(self, weight: Tensor, grad: Tensor, moments: Sequence[Tensor], lr: float) -> tuple[Tensor, Tensor, Tensor]:
         """The new weight and moments, weight decay apart (Kingma and Ba 2015, algorithm 1)."""

@@ -64,7 +64,8 @@ class Storage:
 
     ``units`` has the parameters of each unit, in order; one that two units share lies with the first. ``alone`` names
     parameters with a bucket of their own (a tied matrix, which another pipeline rank must cut alike). ``fill`` writes a
-    parameter's initial values into a tensor of its local shape; until then parameters may be on the meta device.
+    parameter's initial values into a tensor of its local shape; until then parameters may be on the meta device. With
+    ``on_host`` the weights that are updated lie in host memory, copies of the parameters if they are no others.
     """
 
     def __init__(
@@ -76,8 +77,10 @@ class Storage:
         numbers: Numbers,
         fill: Callable[[str, Tensor], None],
         alone: Iterable[str] = (),
+        on_host: bool = False,
     ) -> None:
-        self.mesh, self.policy, self.numbers, self.specs = mesh, policy, numbers, specs
+        assert not (on_host and numbers.split), "halves of a number are kept together"
+        self.mesh, self.policy, self.numbers, self.specs, self.on_host = mesh, policy, numbers, specs, on_host
         self.shards = mesh.dp_shard if policy.optimizer else Group.single("dp_shard")
         # what stays here is not rounded
         self.wire = (numbers.reduce if mesh.dp_cp.size > 1 else None) or numbers.grads
@@ -136,11 +139,11 @@ class Storage:
         _sum_together(self.partial, self.mesh.tp)
         _sum_together(self.copied, self.mesh.kv)
 
-    def publish(self) -> None:
-        """Give all ranks the updated weights of what each owns."""
-        if self.numbers.master is not None:
-            for run, weight in zip(self.runs, self.weights):
-                self._own_params(run).copy_(weight)
+    def publish(self, copied: bool = False) -> None:
+        """Give all ranks the updated weights of what each owns; ``copied``: they are in ``own_params`` already."""
+        if self.master is not None and not copied:
+            for param, weight in zip(self.own_params, self.weights):
+                param.copy_(weight)
         if self.policy.params or self.shards.size == 1:
             return
         gathering = []
@@ -178,8 +181,12 @@ class Storage:
         self.params = torch.zeros(own if self.policy.params else size, dtype=self.numbers.params, device=device)
         self.grads = torch.zeros(own if self.policy.grads else size, dtype=self.numbers.grads, device=device)
         self.master = None
-        if self.numbers.master is not None:
-            self.master = torch.zeros(own, dtype=self.numbers.master, device=device)
+        if self.numbers.master is not None or self.on_host:
+            place = torch.device("cpu") if self.on_host else device
+            pinned = self.on_host and device.type == "cuda"
+            self.master = torch.zeros(
+                own, dtype=self.numbers.master or self.numbers.params, device=place, pin_memory=pinned
+            )
         lower = torch.zeros(own if self.numbers.split else 0, dtype=torch.int16, device=device)
         exact = torch.float32 if self.numbers.split else self.numbers.master or self.numbers.params
         runs: dict[str, Run] = {run.name: run for run in self.runs}
@@ -196,6 +203,7 @@ class Storage:
                     self._of_run(lower, run, True).copy_(lower_values.view(-1)[run.start : run.stop])
                 if self.master is not None:
                     self.master[run.offset : run.offset + run.numel].copy_(flat[run.start : run.stop])
+        self.own_params = tuple(map(self._own_params, self.runs))
         self.weights = tuple(map(self._own_weights, self.runs))
         self.lower = tuple(self._of_run(lower, run, True) for run in self.runs) if self.numbers.split else None
         self.own_grads = tuple(map(self._own_grads, self.runs))

@@ -25,6 +25,10 @@ inside the matrices (n, m, f) is divided by tp, what lies outside them by tp und
 path: probabilities, mask and their product, and q, k, v laid out by head (k and v copied for each query head) in place
 of qkv's output and the rotated q, k; and, unless documents, a window or ALiBi bring a mask, one of s^2 bytes.
 
+With `offload` all of it waits in host memory but tensors below 4 KiB; where units are walked one at a time (ZeRO stages
+2 and 3) the block's input is here, too. What is sent are tensors as they were saved, so that it differs from `none`'s
+bytes: of qkv's output only v, which is a view of it, but attention's output (and relu2's inner one) twice.
+
 Korthikanti et al. 2022, equations 1, 2 and 4 (s b h (34 + 5 a s / h) bytes for GPT in 16 bits) count another block:
 attention explicit (5 a s / h, which the fused kernel replaces by one number per row and head), masks of one byte (ours
 have the dtype of x), dropout always, f = 4h. Ours adds what they leave out: the norms' statistics, and qkv's output
@@ -48,16 +52,35 @@ def activation_bytes(
     recompute: str = "none",
     dtype_bytes: int = 2,
     regather_inputs: bool = False,
+    by_unit: bool = False,
 ) -> int:
     """Bytes on one of ``tp`` ranks of one microbatch, in one block of a resolved model; see the table above.
 
-    While a block goes through backward, what recompute made again is there too: `none`'s bytes, once.
+    While a block goes through backward, what recompute made again, or offload brings back, is there too: `none`'s
+    bytes, once (with offload those of the block that comes next as well). ``by_unit``: whether stages are walked unit
+    by unit. What is offloaded is in host memory (``host_activation_bytes``): on the CPU, in the same one.
     """
     block = _Block(model, seq_len, micro_batch_size, tp, sequence_parallel, regather_inputs, dtype_bytes)
-    if recompute == "full":
+    if recompute == "full" or (recompute == "offload" and by_unit):
         return block.num_outside * model.hidden_size * dtype_bytes
+    if recompute == "offload":
+        return 0
     core = block.core_input() if recompute == "selective" else block.core()
     return block.around() + core
+
+
+def host_activation_bytes(
+    model: ModelConfig,
+    seq_len: int,
+    micro_batch_size: int,
+    tp: int = 1,
+    sequence_parallel: bool = False,
+    dtype_bytes: int = 2,
+    regather_inputs: bool = False,
+) -> int:
+    """As ``activation_bytes``: what one block of one microbatch sends to host memory with recompute=offload."""
+    block = _Block(model, seq_len, micro_batch_size, tp, sequence_parallel, regather_inputs, dtype_bytes)
+    return block.around() + block.sent_core() + block.sent_twice()
 
 
 @dataclass(frozen=True)
@@ -112,7 +135,7 @@ class _Block:
         """What lies between the projections, keys and values included."""
         model, (n, m, d), size = self.model, self.heads, self.dtype_bytes
         moved = model.qk_norm or model.position == "rope"
-        normed = self.num_tokens * (n + m) * (d + 1) * size if model.qk_norm else 0
+        normed = self.normed()
         if not model.attention_dropout:
             turned = self.num_tokens * (n + m) * d * size if moved else 0
             return normed + self.core_input() + turned + self.num_tokens * n * self.statistic_bytes
@@ -120,6 +143,24 @@ class _Block:
         queries = n if self.micro_batch_size > 1 else n + m if moved else n + 2 * m
         per_token = 3 * n * self.seq_len + (queries + 2 * n) * d
         return normed + self.num_tokens * per_token * size + self.causal_bytes
+
+    def sent_core(self) -> int:
+        """The core's tensors one by one, not what they are views of."""
+        n, m, d = self.heads
+        size, normed = self.dtype_bytes, self.normed()
+        if self.model.attention_dropout:
+            return normed + self.num_tokens * (3 * n * self.seq_len + 3 * n * d) * size + self.causal_bytes
+        return normed + self.num_tokens * ((n + 2 * m + n) * d * size + n * self.statistic_bytes)
+
+    def sent_twice(self) -> int:
+        """What two operations save each for itself, one of them counted elsewhere."""
+        twice = self.model.ffn_hidden_size // self.tp if self.model.activation == "relu2" else 0
+        return self.num_tokens * twice * self.dtype_bytes
+
+    def normed(self) -> int:
+        """Inputs and statistics of norms of heads."""
+        n, m, d = self.heads
+        return self.num_tokens * (n + m) * (d + 1) * self.dtype_bytes if self.model.qk_norm else 0
 
     @property
     def causal_bytes(self) -> int:

@@ -13,7 +13,7 @@ from megacore.layout.layout import Layout
 from megacore.layout.policy import ShardingPolicy
 from megacore.monitor.console import human_bytes, human_count
 from megacore.spec import ModelSpec
-from megacore.spec.memory import state_bytes
+from megacore.spec.memory import StateBytes, state_bytes
 from megacore.train.pipeline_overview import Pipeline
 from megacore.train.schedule import num_microbatches
 
@@ -38,10 +38,11 @@ def overview(config: RunConfig, spec: ModelSpec, layout: Layout, device: str, da
             zero=layout.zero,
             shards=layout.dp_shard,
             master=config.precision.master,
+            device="cuda" if device == "cuda" else "cpu",
         )
         for params in pipeline.params(spec)
     ]
-    state = max(states, key=lambda each: each.total)
+    state = max(states, key=lambda each: each.total + each.host)
     sequence = ", sequence parallel" if config.parallel.sequence_parallel and layout.tp > 1 else ""
     return [
         f"model    {m.family}, {human_count(spec.num_params)} parameters: {m.num_layers} layers, "
@@ -54,7 +55,24 @@ def overview(config: RunConfig, spec: ModelSpec, layout: Layout, device: str, da
         f"data     {data}",
         f"state    {'at most ' if len(states) > 1 else ''}{human_bytes(state.total)} per rank: parameters "
         f"{human_bytes(state.params)}, gradients {human_bytes(state.grads)}, optimizer {human_bytes(state.optimizer)}",
+        *offload_lines(config, state, device),
     ]
+
+
+def offload_lines(config: RunConfig, state: StateBytes, device: str) -> list[str]:
+    """What is kept elsewhere than on the device; nothing where nothing is. ``state`` is one rank's."""
+    nothing_saved = "; on the CPU that is where they are anyway: it saves nothing" * (device != "cuda")
+    lines = []
+    if state.host:
+        lines.append(
+            f"offload  {human_bytes(state.host)} more per rank in host memory: weights that are updated, "
+            f"{'' if state.files else 'optimizer state, '}gradients on their way there{nothing_saved}"
+        )
+    if state.files:
+        lines.append(f"offload  {human_bytes(state.files)} of optimizer state per rank in files")
+    if config.parallel.recompute == "offload":
+        lines.append(f"offload  what blocks keep for backward waits in host memory{nothing_saved}")
+    return lines
 
 
 def sharding_lines(config: RunConfig, layout: Layout) -> list[str]:

@@ -149,7 +149,7 @@ class Trainer:
         skipped = 1 - clipped.taken
         self.loss_scale.update(skipped)
         self.rule.update(grads, self.lr, clipped.taken)
-        storage.publish()
+        storage.publish(copied=self.rule.writes_copies)
         statistics = None
         if self.watch is not None:
             self.watch.clipped(clipped)

@@ -109,7 +109,12 @@ BROKEN = [
         "model.rope_theta=1.0 must be more than 1",
     ),
     (["optim.min_lr=1"], 1, "optim.min_lr=1.0 exceeds optim.lr=0.0003"),
-    (["optim.offload=cpu", "train.device=cpu"], 1, "optim.offload=cpu: with train.device=cpu all state is in host"),
+    (
+        ["optim.offload=cpu", "precision.dtype=bf16", "precision.master=split"],
+        1,
+        "but optim.offload=cpu updates copies in host memory, whole; use precision.master=fp32",
+    ),
+    (["optim.offload=nvme", "precision.master=split", "train.device=cuda"], 1, "but optim.offload=nvme updates copies"),
     (["optim.offload_folder=/nvme"], 1, 'optim.offload_folder="/nvme" is for optim.offload=nvme, not none'),
     (["optim.momentum=0.9"], 1, "not known to adamw, which has beta1, beta2, eps, weight_decay; leave it out"),
     (["data.split=0,1,1"], 1, "must be one to three shares"),
@@ -187,6 +192,9 @@ LEGAL = [
     (["optim.warmup_steps=95", "optim.lr_schedule=wsd"], 1),
     (["optim.warmup_steps=100", "optim.lr_schedule=wsd"], 1),
     (["model.rope_scaling={type='ntk', factor=2}", "model.head_dim=4"], 1),
+    (["optim.offload=cpu", "train.device=cpu", "precision.dtype=bf16", "precision.master=none"], 1),
+    (["optim.offload=nvme", "train.device=cpu", "precision.dtype=bf16", "precision.master=split"], 1),
+    (["parallel.recompute=offload", "parallel.zero=3"], 1),
     (["precision.dtype=fp64", "optim.name=sgd", "optim.momentum=0.9", "optim.clip_grad=0"], 1),
 ]
 
@@ -224,7 +232,6 @@ REFUSED = {
     "model.top_k": 2,
     "parallel.cp": 2,
     "parallel.ep": 2,
-    "optim.offload": "cpu",
     "precision.fp8": "delayed",
     "checkpoint.save_every": 5,
     "checkpoint.keep": 2,

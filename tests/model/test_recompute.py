@@ -115,7 +115,7 @@ def seen_by_rank(rank: int, world: int, recompute: str, sequence: bool, regather
     return [(record.operation, record.num_elements) for record in log]
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["none", *AGAIN])
 @pytest.mark.parametrize(("sequence", "regather"), [(False, False), (True, False), (True, True)])
 def test_collectives_in_backward(pool: WorkerPool, recompute: str, sequence: bool, regather: bool) -> None:
     """A block that is made again repeats its forward's collectives but the last; the core of attention has none."""

@@ -110,22 +110,53 @@ def test_buckets_are_asked_for_ahead_and_given_back_behind() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["adamw", "lion"])
 @pytest.mark.parametrize("target", [torch.float32, torch.bfloat16])
-def test_another_device_gets_the_new_weights_in_its_format(target: torch.dtype) -> None:
+def test_another_device_gets_the_new_weights_in_its_format(target: torch.dtype, name: str) -> None:
     """With the CPU in the other device's place: the copies are the same, but nothing overlaps."""
     share = make_share(whole(), torch.float32)
     targets = [weight.to(target, copy=True) for weight in share.weights]
-    got = offloaded("adamw", share, HostMemory(), Transfer(share.weights, targets, CPU))
-    want = rule_of("adamw", make_share(whole(), torch.float32))
+    grads = grads_of(share, 1)
+    transfer = Transfer(share.weights, targets, grads, CPU)
+    got = offloaded(name, share, HostMemory(), transfer)
+    want = rule_of(name, make_share(whole(), torch.float32))
+    back = target.itemsize if target != torch.float32 else 0
+    assert transfer.nbytes == sum(weight.nbytes + back * weight.numel() for weight in share.weights)
     for step in range(1, 5):
         run_steps(want, (step,))
         grads = grads_of(share, step)
         got.update(grads, rate(step), TAKEN)
+        assert got.writes_copies
         for grad in grads:
             grad.fill_(torch.nan)  # theirs to overwrite, once the update is done
         for run, weight in enumerate(want.share.weights):
             assert torch.equal(targets[run], weight.to(target))
     assert_same(got, want)
+
+
+def test_a_step_that_is_not_taken_sends_nothing() -> None:
+    """Not even what a kernel would leave in the room for rounded weights before it ever ran."""
+    share = make_share(whole(), torch.float32)
+    targets = [torch.full_like(weight, 7, dtype=torch.bfloat16) for weight in share.weights]
+    transfer = Transfer(share.weights, targets, share.weights, CPU)
+    rule = offloaded("adamw", share, HostMemory(), transfer)
+    before = bits(rule)
+    for staged in transfer.staged:
+        staged.fill_(torch.nan)
+    rule.update(grads_of(share, 1), rate(1), torch.zeros(()))
+    assert all((target == 7).all() for target in targets)
+    assert all(torch.equal(now, before[key]) for key, now in bits(rule).items())
+
+
+def test_gradients_keep_their_format_on_the_way() -> None:
+    """Those of bf16 weights that are updated themselves are float32."""
+    share = make_share(whole(), torch.bfloat16)
+    targets = [weight.clone() for weight in share.weights]
+    grads = [grad.float() * (1 + 2**-12) for grad in grads_of(share, 1)]
+    transfer = Transfer(share.weights, targets, grads, CPU)
+    assert not transfer.staged, "weights leave from where they are"
+    here, _ = transfer.start(grads, [range(len(grads))], TAKEN)
+    assert all(torch.equal(there, grad) for there, grad in zip(here, grads, strict=True))
 
 
 def test_the_kernels_of_all_buckets_are_said_once() -> None:
@@ -151,7 +182,7 @@ def test_state_can_be_put_back(tmp_path: Path) -> None:
 
 def test_a_run_says_where_state_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     share = make_share(whole(), torch.float32)
-    transfer = Transfer(share.weights, [weight.clone() for weight in share.weights], CPU)
+    transfer = Transfer(share.weights, [weight.clone() for weight in share.weights], share.weights, CPU)
 
     def placed(offload: str, to: Transfer | None = None, folder: str = "") -> Rule:
         optim = OptimConfig(name="lion", offload=offload, offload_folder=folder)
@@ -164,10 +195,8 @@ def test_a_run_says_where_state_lives(tmp_path: Path, monkeypatch: pytest.Monkey
     assert isinstance(on_host, Offloaded) and isinstance(on_host.memory, HostMemory) and on_host.transfer is transfer
     elsewhere = placed("nvme", folder=str(tmp_path / "other"))
     assert isinstance(elsewhere, Offloaded) and (tmp_path / "other").is_dir()
-    with pytest.raises(ValueError, match="optim.offload=cpu: the run is on the CPU.*use none or nvme"):
-        placed("cpu")
     monkeypatch.delattr(os, "posix_fadvise")
-    with pytest.raises(ValueError, match="optim.offload=nvme: this system has no posix_fadvise; use none$"):
+    with pytest.raises(ValueError, match="optim.offload=nvme: this system has no posix_fadvise; use none or cpu$"):
         placed("nvme")
 
 

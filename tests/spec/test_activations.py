@@ -12,8 +12,9 @@ from megacore.config.resolve import resolve_model
 from megacore.config.schema import ModelConfig
 from megacore.mesh import collectives
 from megacore.mesh.group import Group, Pending
+from megacore.model import offload
 from megacore.parallel.tensor import TensorParallel
-from megacore.spec.activations import activation_bytes
+from megacore.spec.activations import activation_bytes, host_activation_bytes
 from tests.model.stages import LENGTH, TINY, allocated, microbatch, stage_of
 
 MODES = ("none", "selective", "full")
@@ -46,6 +47,42 @@ def kept(
         return allocated(lambda: stage(inputs))[0]
 
     return (of_stage(3) - of_stage(1)) / 2
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of every tensor that is offloaded, however small."""
+    gone: list[int] = []
+    begin = offload._Trip.__init__
+
+    def noted(trip: offload._Trip, tensor: Tensor) -> None:
+        begin(trip, tensor)
+        gone.append(trip.host.nbytes)
+
+    monkeypatch.setattr(offload, "MIN_BYTES", 0)
+    monkeypatch.setattr(offload._Trip, "__init__", noted)
+    return gone
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("name", [*MODELS, *(f"{name}, dropout" for name in DROPPING)])
+def test_what_is_offloaded_leaves_nothing_behind(sent: list[int], name: str, size: int) -> None:
+    """All that torch allocates for backward are the copies, which on the CPU are in the same memory."""
+    given = MODELS[name] if name in MODELS else DROPPING[name.removesuffix(", dropout")]
+    model = resolve_model(given, LENGTH)
+    expected = host_activation_bytes(model, LENGTH, size, dtype_bytes=8)
+    scalar = 8 if model.attention_dropout else 0  # the factor on the scores, as torch keeps it
+    assert activation_bytes(model, LENGTH, size, recompute="offload", dtype_bytes=8) == 0
+    assert kept(model, torch.float64, size, "offload", False) == expected + scalar
+    sent.clear()
+    stage_of(replace(model, num_layers=2), torch.float64, None, "offload", last=False)(microbatch(model, 0, size))
+    assert sum(sent) == 2 * expected
+
+
+def test_units_keep_their_inputs() -> None:
+    model = resolve_model(TINY, LENGTH)
+    whole, sharded = (activation_bytes(model, LENGTH, 2, 2, cut, "offload", by_unit=True) for cut in (False, True))
+    assert whole == 2 * LENGTH * TINY.hidden_size * 2 == 2 * sharded
 
 
 @pytest.mark.parametrize("recompute", MODES)

@@ -1,14 +1,20 @@
 """Bytes of state by arithmetic against those of real buffers."""
 
+import mmap
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from megacore.config.schema import OptimConfig, RunConfig
 from megacore.layout.buffer import ALIGNMENT
 from megacore.layout.policy import ShardingPolicy
 from megacore.monitor.console import human_bytes
+from megacore.optim.offload import Offloaded
+from megacore.sharding.mapped import MappedMemory
 from megacore.spec import ModelSpec, ParamSpec
 from megacore.spec.memory import StateBytes, state_bytes
 from megacore.spec.settings import is_frozen
@@ -25,6 +31,8 @@ class Held(NamedTuple):
     optimizer: int
     runs: dict[str, int]
     gaps: int
+    host: int
+    files: int
 
 
 def held(rank: int, world_size: int, overrides: tuple[str, ...]) -> Held:
@@ -37,12 +45,29 @@ def held(rank: int, world_size: int, overrides: tuple[str, ...]) -> Held:
         param.numel() for stage in built.stages.values() for param in stage.parameters() if not param.requires_grad
     )
     gaps = len(storage.params) - params + len(storage.grads) - grads
-    optimizer = sum(tensor.nbytes for tensors in state.values() for tensor in tensors)
+    rule = built.trainer.rule
+    remembered = sum(tensor.nbytes for tensors in state.values() for tensor in tensors)
+    in_files = 0
+    if isinstance(rule, Offloaded) and isinstance(rule.memory, MappedMemory):
+        maps = [range_of(file.map) for files in rule.memory.files for file in files]
+        tensors = [tensor for of in state.values() for tensor in of if tensor.numel()]
+        in_files = sum(one.nbytes for one in tensors if any(one.data_ptr() in each for each in maps))
+    optimizer, host = (0, remembered - in_files) if storage.on_host else (remembered - in_files, 0)
     runs = {run.name: run.numel for run in storage.runs}
-    if storage.master is not None:
-        optimizer += own * storage.master.element_size()
+    master = 0 if storage.master is None else own * storage.master.element_size()
+    if storage.on_host:
+        assert isinstance(rule, Offloaded) and rule.transfer is not None
+        host += master + rule.transfer.nbytes
+    else:
+        optimizer += master
     optimizer += sum(lower.nbytes for lower in storage.lower or ())
-    return Held((params + frozen) * item, grads * storage.grads.element_size(), optimizer, runs, gaps)
+    return Held((params + frozen) * item, grads * storage.grads.element_size(), optimizer, runs, gaps, host, in_files)
+
+
+def range_of(map_: mmap.mmap) -> range:
+    """The addresses of a file in memory."""
+    start = torch.frombuffer(map_, dtype=torch.uint8).data_ptr()
+    return range(start, start + len(map_))
 
 
 def expected_of(config: RunConfig, params: Sequence[ParamSpec], runs: dict[str, int], tp_rank: int = 0) -> StateBytes:
@@ -111,6 +136,60 @@ def test_state_in_sixteen_bits(pool: WorkerPool, zero: int, numbers: str, each: 
         assert (state.params, state.grads, state.optimizer) == ours[:3]
     alone = state_bytes(spec.params, config.optim, config.precision.dtype, master=config.precision.master)
     assert alone.total == each * spec.num_params
+
+
+FORMATS = {
+    "fp32": (("precision.dtype=fp32",), 4 + 4, 4 + 4),  # weights and gradients on the host; the device's
+    "fp64": (("precision.dtype=fp64",), 8 + 8, 8 + 8),
+    "fp16": (("precision.dtype=fp16",), 4 + 4 + 2, 2 + 4),
+    "bf16": (("precision.dtype=bf16",), 4 + 4 + 2, 2 + 4),
+    "none": (("precision.dtype=bf16", "precision.master=none"), 2 + 4, 2 + 4),
+}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=" ".join)
+@pytest.mark.parametrize("formats", FORMATS)
+@pytest.mark.parametrize("zero", [0, 2])
+def test_what_is_offloaded_is_on_the_host_alone(
+    pool: WorkerPool, zero: int, formats: str, rule: tuple[str, ...]
+) -> None:
+    """On the device are parameters and gradients, and nothing else."""
+    words, on_host, on_device = FORMATS[formats]
+    overrides = (f"parallel.zero={zero}", "optim.offload=cpu", *words, *rule)
+    config = run_config(2, *overrides)
+    spec = ModelSpec.of(config.model)
+    for ours in pool.run(held, 2, 2, overrides):
+        state = expected_of(config, spec.params, ours.runs)
+        assert (state.params, state.grads, state.optimizer, state.host, state.files) == (*ours[:3], ours.host, 0)
+        assert state.optimizer == 0
+        remembered = replace(config.optim, offload="none")
+        there = state_bytes(
+            spec.params, remembered, config.precision.dtype, 0, 1, zero, 2, ours.runs, config.precision.master
+        )
+        master = {"fp16": 4, "bf16": 4}.get(formats, 0) * sum(ours.runs.values())
+        assert state.host == on_host * sum(ours.runs.values()) + there.optimizer - master
+    if not config.optim.freeze:
+        alone = state_bytes(spec.params, config.optim, config.precision.dtype, master=config.precision.master)
+        assert alone.total == on_device * spec.num_params
+
+
+@pytest.mark.parametrize("rule", [*RULES, ("optim.name=muon", "optim.state_dtype=int8")], ids=" ".join)
+@pytest.mark.parametrize("master", ["fp32", "split"])
+def test_what_is_in_files_is_in_no_memory(pool: WorkerPool, tmp_path: Path, master: str, rule: tuple[str, ...]) -> None:
+    """Moments are; weights and what is small stay."""
+    formats = ("precision.dtype=bf16", f"precision.master={master}", f"out={tmp_path}")
+    overrides = ("parallel.zero=1", "optim.offload=nvme", *formats, *rule)
+    config = run_config(2, *overrides)
+    spec = ModelSpec.of(config.model)
+    for ours in pool.run(held, 2, 2, overrides):
+        state = expected_of(config, spec.params, ours.runs)
+        assert (state.params, state.grads, state.optimizer, state.host, state.files) == (*ours[:3], 0, ours.files)
+        on_gpu = state_bytes(
+            spec.params, config.optim, "bf16", 0, 1, 1, 2, ours.runs, config.precision.master, device="cuda"
+        )
+        assert (on_gpu.optimizer, on_gpu.files) == (0, state.files) and on_gpu.host >= (4 + 4 + 2) * sum(
+            ours.runs.values()
+        )
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])

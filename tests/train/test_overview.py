@@ -14,13 +14,16 @@ from megacore.train.pipeline_overview import activations_line, stages_line
 SHAPE = ("model.num_layers=8", "model.hidden_size=64", "model.num_heads=4", "model.vocab_size=3", "train.seq_len=8")
 
 
-def lines_of(ranks: int, *overrides: str) -> dict[str, str]:
-    """The overview by its lines' first words."""
+def lines_of(ranks: int, *overrides: str, device: str = "cpu") -> dict[str, str]:
+    """The overview by its lines' first words; lines of offloading are numbered."""
     config = load(None, [*SHAPE, "train.micro_batch_size=1", *overrides])
     check(config, ranks)
     config = resolve(config, ranks)
     spec, layout = ModelSpec.of(config.model), Layout.of(config.parallel, ranks)
-    return dict(line.split(maxsplit=1) for line in overview(config, spec, layout, "cpu", "some data"))
+    lines = [line.split(maxsplit=1) for line in overview(config, spec, layout, device, "some data")]
+    offload = [text for word, text in lines if word == "offload"]
+    rest = {word: text for word, text in lines if word != "offload"}
+    return rest | {f"offload {number}": text for number, text in enumerate(offload)}
 
 
 def test_one_stage_needs_no_words() -> None:
@@ -83,6 +86,26 @@ def test_sharding_that_does_nothing_is_said() -> None:
     lines = lines_of(4, "train.global_batch_size=8", "parallel.dp=4", "parallel.dp_shard=2")
     assert lines["zero"] == "parallel.dp_shard=2 cuts nothing with parallel.zero=0"
     assert "zero" not in lines_of(1, "parallel.zero=3")
+
+
+def test_what_is_offloaded_is_said_and_that_a_cpu_gains_nothing() -> None:
+    plain, ours = lines_of(1), lines_of(1, "optim.offload=cpu", "parallel.recompute=offload")
+    # 16 bytes per parameter; with offload 8 here, and weights, Adam's moments and room for gradients there
+    device, host = (float(line.split()[0]) for line in (ours["state"], ours["offload 0"]))
+    assert "optimizer 0 B" in ours["state"]
+    assert device == pytest.approx(float(plain["state"].split()[0]) / 2, rel=0.01)
+    assert host == pytest.approx(2 * device, rel=0.01)
+    nothing = "; on the CPU that is where they are anyway: it saves nothing"
+    assert ours["offload 0"].endswith(
+        "more per rank in host memory: weights that are updated, optimizer state, gradients on their way there"
+        + nothing
+    )
+    assert ours["offload 1"] == "what blocks keep for backward waits in host memory" + nothing
+    in_files = lines_of(1, "optim.offload=nvme")
+    assert in_files["offload 0"].endswith("of optimizer state per rank in files")
+    on_gpu = lines_of(1, "optim.offload=nvme", device="cuda")
+    assert on_gpu["offload 0"].endswith("weights that are updated, gradients on their way there")
+    assert on_gpu["offload 1"] == in_files["offload 0"]
 
 
 @pytest.mark.parametrize("kind", ["gpipe", "interleaved", "zb-h1", "zb-h2", "dualpipe-v"])

@@ -95,7 +95,7 @@ def test_everything_wrong_is_told_at_once() -> None:
 def test_one_process_alone_can_be_laid_out_too() -> None:
     plan = make_plan(demo(), None, 1, False, False)
     assert {trial.num_ranks for trial in plan.trials} == {1}
-    assert {trial.config.parallel.recompute for trial in plan.trials} == {"none", "selective", "full"}
+    assert {trial.config.parallel.recompute for trial in plan.trials} == {"none", "selective", "full", "offload"}
 
 
 def test_like_keeps_remainders() -> None:

@@ -132,6 +132,7 @@ def part_of(share: Share, own: Sequence[int]) -> Share:
         specs=tuple(share.specs[number] for number in own),
         weights=tuple(share.weights[number] for number in own),
         lower=share.lower and tuple(share.lower[number] for number in own),
+        copies=(),  # which only some runs would get
         weight_decay=tuple(share.weight_decay[number] for number in own),
         lr_scale=tuple(share.lr_scale[number] for number in own),
     )
