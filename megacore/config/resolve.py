@@ -59,6 +59,13 @@ def rotary_dims(model: ModelConfig) -> int:
     return int(model.head_dim * model.rotary_fraction)
 
 
+def window_of(model: ModelConfig, layer: int) -> int:
+    """The sliding window of a layer, counted from 0; 0 where it sees everything."""
+    every = model.full_attention_every
+    sees_all = layer < model.sliding_window_from or (every and (layer + 1) % every == 0)
+    return 0 if sees_all else model.sliding_window
+
+
 def resolve_optim(optim: OptimConfig, steps: int) -> OptimConfig:
     """The update rule with all its hyper-parameters, and the lengths that follow from the run's. The final decay of wsd
     begins after the warm-up, so its length stays 0 where the warm-up takes all steps."""

@@ -24,9 +24,12 @@ class _Rope(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
+    half = cos.shape[-1]
+    sizes = (half, half, x.shape[-1] - 2 * half)
+    first, second, rest = x.split(sizes, -1)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    out_first, out_second = out.chunk(2, -1)
+    out_first, out_second, out_rest = out.split(sizes, -1)
+    out_rest.copy_(rest)
     torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=out_second).addcmul_(first, sin)
     return out
@@ -70,29 +73,33 @@ class _RmsNorm(torch.autograd.Function):
     the weight's gradient p^T r, and the row's mean of grad * weight * x, p weight (r = 1 / rms)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         dtype = torch.promote_types(x.dtype, torch.float32)
         inverse = torch.linalg.vector_norm(rows, dim=-1, dtype=dtype).square_().div_(rows.shape[1]).add_(eps).rsqrt_()
         ctx.save_for_backward(rows, weight, inverse)
-        return torch.mul(rows, inverse[:, None]).mul_(weight).to(x.dtype).view(x.shape)
+        ctx.offset = offset
+        factor = weight.to(dtype) + offset if offset else weight
+        return torch.mul(rows, inverse[:, None]).mul_(factor).to(x.dtype).view(x.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows, weight, inverse = ctx.saved_tensors
         dtype = inverse.dtype
-        grad_rows, wide_weight = grad.reshape(rows.shape).to(dtype), weight.to(dtype)
+        grad_rows, factor = grad.reshape(rows.shape).to(dtype), weight.to(dtype)
+        if ctx.offset:
+            factor = factor + ctx.offset
         product = grad_rows * rows
         grad_weight = product.t() @ inverse
-        share = (product @ wide_weight).mul_(inverse).mul_(inverse).mul_(inverse).div_(rows.shape[1])
-        torch.mul(grad_rows, weight, out=product).mul_(inverse[:, None]).addcmul_(rows, share[:, None], value=-1)
-        return product.to(rows.dtype).view(grad.shape), grad_weight.to(weight.dtype), None
+        share = (product @ factor).mul_(inverse).mul_(inverse).mul_(inverse).div_(rows.shape[1])
+        torch.mul(grad_rows, factor, out=product).mul_(inverse[:, None]).addcmul_(rows, share[:, None], value=-1)
+        return product.to(rows.dtype).view(grad.shape), grad_weight.to(weight.dtype), None, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """As ``reference.rms_norm``."""
-    return _RmsNorm.apply(x, weight, eps)
+    return _RmsNorm.apply(x, weight, eps, offset)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim (Zhang and Sennrich 2019)."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dim (Zhang and Sennrich 2019)."""
     wide = wide_of(x)
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (wide_of(weight) + offset)).to(x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -24,12 +24,13 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each head. x [b, s, n, d]; cos, sin [1 or b, s, 1, d/2].
+    """Rotate the first r dims of each head. x [b, s, n, d]; cos, sin [1 or b, s, 1, r/2].
 
-    Pairs are (i, i + d/2), as in Llama's HF layout.
+    Pairs are (i, i + r/2), as in Llama's HF layout.
     """
-    first, second = x.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    half = cos.shape[-1]
+    first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -49,22 +50,38 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def gelu_erf(x: Tensor) -> Tensor:
+    """GELU by the error function (Hendrycks and Gimpel 2016)."""
+    return F.gelu(x)
+
+
 def relu2(x: Tensor) -> Tensor:
     """relu(x)^2 (So et al. 2021)."""
     return F.relu(x).square()
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, keep: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    keep: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """softmax(scale q k^T + mask) v -> [b, n, s, d].
 
     ``mask`` broadcasts to [b, n, s, s]: boolean (True: visible) or added to the scores. ``keep`` [b, n, s, s]
-    multiplies the probabilities (dropout: 0 or 1 / (1 - p)).
+    multiplies the probabilities (dropout: 0 or 1 / (1 - p)). With ``softcap`` c a score x is first bounded to
+    c tanh(x / c) (Gemma 2, 2024, section 2).
     """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = q @ k.transpose(-2, -1) * scale
+    if softcap:
+        scores = (wide_of(q @ k.transpose(-2, -1)) * (scale / softcap)).tanh() * softcap
+    else:
+        scores = q @ k.transpose(-2, -1) * scale
     if causal:
         scores = scores.masked_fill(
             ~torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(), -torch.inf

@@ -38,9 +38,11 @@ class Kernels:
     swiglu: Function
     geglu: Function
     gelu: Function
+    gelu_erf: Function
     relu2: Function
     attention: Function
     attention_dropout: Function
+    attention_softcap: Function
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,15 @@ TABLE: tuple[Kernel, ...] = (
     Kernel("swiglu", "reference", reference.swiglu),
     Kernel("geglu", "reference", reference.geglu),
     Kernel("gelu", "reference", reference.gelu),
+    Kernel("gelu_erf", "reference", reference.gelu_erf),
     Kernel("relu2", "reference", reference.relu2),
     Kernel("attention", "float32", _widened(fused.attention), linear.widened_refuses),
     Kernel("attention", "sdpa", fused.attention),
     Kernel("attention", "reference", reference.attention),
     Kernel("attention_dropout", "float32", _widened(reference.attention), linear.widened_refuses),
     Kernel("attention_dropout", "reference", reference.attention),
+    Kernel("attention_softcap", "float32", _widened(reference.attention), linear.widened_refuses),
+    Kernel("attention_softcap", "reference", reference.attention),
 )
 
 

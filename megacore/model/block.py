@@ -1,4 +1,4 @@
-"""One pre-norm transformer block."""
+"""One transformer block."""
 
 from functools import partial
 
@@ -19,7 +19,10 @@ from megacore.parallel.tensor import TensorParallel
 
 
 class Block(nn.Module):
-    """x [t, h] -> [t, h]: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x [t, h] -> [t, h]: x + attention(norm(x)), then x + mlp(norm(x)); with a parallel residual x + both, of one x.
+
+    Norms stand before attention and MLP, after them (x + norm(attention(x))), or both.
+    """
 
     def __init__(
         self,
@@ -29,12 +32,18 @@ class Block(nn.Module):
         kernels: Kernels,
         seed: int,
         recompute: str = "none",
+        window: int = 0,
     ) -> None:
         super().__init__()
+        self.pre, self.post = model.norm_placement != "post", model.norm_placement != "pre"
+        self.parallel = model.parallel_residual
         self.attention_norm = make_norm(model, make.below("attention_norm"), kernels)
-        self.attention = Attention(model, make.below("attention"), tp, kernels, seed, recompute == "selective")
+        self.attention = Attention(model, make.below("attention"), tp, kernels, seed, recompute == "selective", window)
         self.mlp_norm = make_norm(model, make.below("mlp_norm"), kernels)
         self.mlp = MLP(model, make.below("mlp"), tp, kernels)
+        if model.norm_placement == "both":
+            self.attention_post_norm = make_norm(model, make.below("attention_post_norm"), kernels)
+            self.mlp_post_norm = make_norm(model, make.below("mlp_post_norm"), kernels)
         self.dropout, self.recompute, self.offload = model.dropout, recompute == "full", recompute == "offload"
         self.attention_key = counter.key_of("dropout", seed, make.prefix, "attention output")
         self.mlp_key = counter.key_of("dropout", seed, make.prefix, "mlp output")
@@ -43,24 +52,43 @@ class Block(nn.Module):
         if self.recompute:
             return recomputed(partial(self.compute, shared=shared), partial(self.again, shared=shared), x_th)
         if self.offload:
-            common = (tensor for tensor in (shared.cos, shared.sin, shared.mask) if tensor is not None)
-            return offloaded(partial(self.compute, x_th, shared), tuple(self.parameters()), shared.kept, tuple(common))
+            run, params, stays = partial(self.compute, x_th, shared), tuple(self.parameters()), tuple(shared.tensors())
+            return offloaded(run, params, shared.kept, stays)
         return self.compute(x_th, shared)
 
     def compute(self, x_th: Tensor, shared: Shared) -> Tensor:
         """The block."""
-        x_th = self.attended(x_th, shared)
-        return x_th + self.drop(self.mlp(self.mlp_norm(x_th)), shared, self.mlp_key)
+        attended_th = x_th + self.attended(x_th, shared)
+        return attended_th + self.fed(x_th if self.parallel else attended_th, shared)
 
     def again(self, x_th: Tensor, save: Save, shared: Shared) -> None:
-        """What ``compute`` saves for backward, without the last product, whose result nobody needs."""
-        x_th = self.attended(x_th, shared)
-        save(self.mlp.widened(self.mlp_norm(x_th)))
-        self.drop(x_th, shared, self.mlp_key)
+        """What ``compute`` saves for backward, without products whose results nobody needs: the last one and, where
+        the MLP reads the block's own input, attention's. A norm behind them needs them."""
+        if self.parallel and not self.post:
+            save(self.attention.mixed(self.attention_norm(x_th), shared))
+            self.drop(x_th, shared, self.attention_key)
+        else:
+            attended_th = x_th + self.attended(x_th, shared)
+            x_th = x_th if self.parallel else attended_th
+        if self.post:
+            self.fed(x_th, shared)
+        else:
+            save(self.mlp.widened(self.mlp_norm(x_th)))
+            self.drop(x_th, shared, self.mlp_key)
 
     def attended(self, x_th: Tensor, shared: Shared) -> Tensor:
-        """The block's first half."""
-        return x_th + self.drop(self.attention(self.attention_norm(x_th), shared), shared, self.attention_key)
+        """What attention adds to the residual stream."""
+        y_th = self.attention(self.attention_norm(x_th) if self.pre else x_th, shared)
+        if self.post:
+            y_th = (self.attention_post_norm if self.pre else self.attention_norm)(y_th)
+        return self.drop(y_th, shared, self.attention_key)
+
+    def fed(self, x_th: Tensor, shared: Shared) -> Tensor:
+        """What the MLP adds to the residual stream."""
+        y_th = self.mlp(self.mlp_norm(x_th) if self.pre else x_th)
+        if self.post:
+            y_th = (self.mlp_post_norm if self.pre else self.mlp_norm)(y_th)
+        return self.drop(y_th, shared, self.mlp_key)
 
     def drop(self, x_th: Tensor, shared: Shared, key: int) -> Tensor:
         """Dropout on the way into the residual stream."""

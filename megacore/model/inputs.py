@@ -1,11 +1,13 @@
 """What a stage computes on: one microbatch, and what all its blocks share."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from megacore.data.documents import IGNORE
+from megacore.model.masks import Visible
 from megacore.model.offload import Kept
 
 
@@ -46,19 +48,23 @@ class Inputs:
 class Shared:
     """What every block of a stage needs of a microbatch, computed once.
 
-    cos, sin [1 or b, s, 1, d/2] (None without RoPE); mask as ``kernels.reference.attention`` takes it, causal: whether
-    causality comes on top of the mask. token_t: the numbers of all tokens (``Inputs.token_numbers``); row_t: of those
-    that this rank holds outside the matrices.
+    cos, sin [1 or b, s, 1, half of the dims that rotate] (None without RoPE); visible: by a layer's sliding window (0:
+    none), which tokens see which. token_t: the numbers of all tokens (``Inputs.token_numbers``); row_t: of those that
+    this rank holds outside the matrices.
     """
 
     shape: tuple[int, int]
     cos: Tensor | None
     sin: Tensor | None
-    mask: Tensor | None
-    causal: bool
+    visible: Mapping[int, Visible]
     token_t: Tensor
     row_t: Tensor
     training: bool
     dtype: torch.dtype
     kept: list[Kept] = field(default_factory=list)
     """What the last block has offloaded (``model.offload``)."""
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What blocks use and none of them owns."""
+        masks = [visible.mask for visible in self.visible.values()]
+        yield from (tensor for tensor in (self.cos, self.sin, *masks) if tensor is not None)

@@ -17,7 +17,7 @@ class MLP(nn.Module):
         super().__init__()
         self.name = "gate_up" if model.activation in GATED else "up"
         self.add_module(self.name, ColumnParallelLinear(make.below(self.name), tp))
-        self.activate = getattr(kernels, model.activation)
+        self.activate = getattr(kernels, model.activation.replace("-", "_"))
         self.down = RowParallelLinear(make.below("down"), tp)
 
     def forward(self, x_th: Tensor) -> Tensor:

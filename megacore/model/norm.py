@@ -10,14 +10,15 @@ from megacore.parallel.parameters import ParameterMaker
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight."""
+    """x / rms(x) * (offset + weight): what is learned is the factor or, with an offset of 1, its difference from 1."""
 
-    def __init__(self, make: ParameterMaker, eps: float, kernel: Callable[..., Tensor]) -> None:
+    def __init__(self, make: ParameterMaker, model: ModelConfig, kernel: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.weight, self.eps, self.kernel = make("weight"), eps, kernel
+        self.weight, self.eps, self.kernel = make("weight"), model.norm_eps, kernel
+        self.offset = float(model.norm_unit_offset)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.kernel(x, self.weight, self.eps)
+        return self.kernel(x, self.weight, self.eps, self.offset)
 
 
 class LayerNorm(nn.Module):
@@ -34,5 +35,5 @@ class LayerNorm(nn.Module):
 def make_norm(model: ModelConfig, make: ParameterMaker, kernels: Kernels) -> nn.Module:
     """The model's norm of the residual stream."""
     if model.norm == "rmsnorm":
-        return RMSNorm(make, model.norm_eps, kernels.rms_norm)
+        return RMSNorm(make, model, kernels.rms_norm)
     return LayerNorm(make, model.norm_eps, kernels.layer_norm)

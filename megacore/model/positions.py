@@ -5,16 +5,18 @@ import math
 import torch
 from torch import Tensor
 
+from megacore.config.resolve import rotary_dims
 from megacore.config.schema import ModelConfig, RopeScaling
 
 
-def rope_frequencies(model: ModelConfig) -> tuple[Tensor, float]:
-    """Angle per position of each pair of dims, float64 [d/2], and the factor on cos and sin (Su et al. 2021).
+def rope_frequencies(model: ModelConfig, long: bool = False) -> tuple[Tensor, float]:
+    """Angle per position of each pair of the d dims that rotate, float64 [d/2], and the factor on cos and sin (Su et
+    al. 2021).
 
     Scalings: linear (Chen et al. 2023), ntk (a larger base, bloc97 2023), yarn (Peng et al. 2023, sections 3.2-3.4),
-    llama3 (Llama 3.1's, by wavelength).
+    llama3 (Llama 3.1's, by wavelength), longrope (Ding et al. 2024: found by search; others for ``long`` samples).
     """
-    d, scaling = model.head_dim, model.rope_scaling
+    d, scaling = rotary_dims(model), model.rope_scaling
     base = model.rope_theta
     if scaling.type == "ntk":
         base *= scaling.factor ** (d / (d - 2))
@@ -25,6 +27,9 @@ def rope_frequencies(model: ModelConfig) -> tuple[Tensor, float]:
         return _yarn(frequency, base, d, scaling), scaling.attention_factor
     if scaling.type == "llama3":
         return _llama3(frequency, scaling), 1.0
+    if scaling.type == "longrope":
+        factors = scaling.long_factor if long else scaling.short_factor
+        return frequency / torch.tensor(factors, dtype=torch.float64), scaling.attention_factor
     return frequency, 1.0
 
 
@@ -52,7 +57,13 @@ def _llama3(frequency: Tensor, scaling: RopeScaling) -> Tensor:
 def rope_angles(model: ModelConfig, position_bs: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [b, s, 1, d/2] of the angles at ``position`` [b, s]; angles are formed in float64."""
     frequency, factor = rope_frequencies(model)
-    angle = position_bs[..., None, None].to(torch.float64) * frequency.to(position_bs.device)
+    frequency = frequency.to(position_bs.device)
+    if model.rope_scaling.type == "longrope":
+        # each sample by itself, so that it does not matter with which others it is computed
+        is_long_b = position_bs.amax(1) >= model.rope_scaling.original_seq_len
+        of_long = rope_frequencies(model, long=True)[0].to(position_bs.device)
+        frequency = torch.where(is_long_b[:, None, None, None], of_long, frequency)
+    angle = position_bs[..., None, None].to(torch.float64) * frequency
     return (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
 
 

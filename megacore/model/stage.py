@@ -6,12 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from megacore.config.resolve import window_of
 from megacore.config.schema import ModelConfig
 from megacore.kernels import counter
 from megacore.kernels.table import Kernels
 from megacore.model.block import Block
 from megacore.model.inputs import Inputs, Shared
-from megacore.model.masks import attention_mask
+from megacore.model.masks import Visible, attention_mask
 from megacore.model.norm import make_norm
 from megacore.model.positions import alibi_slopes, rope_angles
 from megacore.parallel.cross_entropy import Vocabulary, linear_cross_entropy
@@ -53,9 +54,15 @@ class Embedding(nn.Module):
         self.positions = PositionEmbedding(make.below("positions"), tp) if model.position == "learned" else None
         self.dropout, self.key = model.dropout, counter.key_of("dropout", seed, "embedding")
         self.tp = tp
+        self.scale = 0.0
+        if model.scale_embeddings:  # the factor is rounded to the format of what it multiplies, as in published code
+            wide = torch.promote_types(make.dtype, torch.float32)
+            self.scale = torch.tensor(model.hidden_size**0.5, dtype=wide).to(make.dtype).item()
 
     def forward(self, inputs: Inputs, shared: Shared) -> Tensor:
         x_th = self.tokens(inputs.token_bs.reshape(-1))
+        if self.scale:
+            x_th = x_th * self.scale
         if self.positions is not None:
             start, size = self.tp.shard_of_tokens(inputs.token_bs.numel())
             place_t = positions_of(inputs).expand(inputs.shape).reshape(-1)
@@ -104,8 +111,12 @@ class Stage(nn.Module):
         if first:
             self.embedding = Embedding(model, make.below("embedding"), self.vocab, tp, make.seed)
         self.layers = nn.ModuleDict(
-            {str(i): Block(model, make.below(f"layers.{i}"), tp, kernels, make.seed, recompute) for i in layers}
+            {
+                str(i): Block(model, make.below(f"layers.{i}"), tp, kernels, make.seed, recompute, window_of(model, i))
+                for i in layers
+            }
         )
+        self.windows = {window_of(model, i) for i in layers}
         self.blocks = tuple(self.layers.values())
         if last:
             self.final_norm = make_norm(model, make.below("final_norm"), kernels)
@@ -166,13 +177,17 @@ class Stage(nn.Module):
 
     def logits(self, x_th: Tensor) -> Tensor:
         """This rank's part of the vocabulary, [t, v] (all tokens, also under sequence parallelism)."""
-        return column_parallel(self.final_norm(x_th), self.output_vh, self.tp)
+        logits_tv = column_parallel(self.final_norm(x_th), self.output_vh, self.tp)
+        cap = self.model.logit_softcap
+        return (logits_tv / cap).tanh() * cap if cap else logits_tv
 
     def loss(self, inputs: Inputs, x_th: Tensor) -> Loss:
         """The microbatch's loss sums."""
         label_t, smoothing = inputs.label_bs.reshape(-1), self.objective.label_smoothing if inputs.training else 0.0
         x_th = self.final_norm(x_th)
-        loss_t, z_t = linear_cross_entropy(x_th, self.output_vh, label_t, self.vocab, self.tp, smoothing)
+        loss_t, z_t = linear_cross_entropy(
+            x_th, self.output_vh, label_t, self.vocab, self.tp, smoothing, self.model.logit_softcap
+        )
         cross_entropy = loss_t.sum()
         total = cross_entropy + self.objective.z_loss * z_t.sum() if self.objective.z_loss else cross_entropy
         return Loss(total, cross_entropy.detach(), inputs.num_targets)
@@ -185,18 +200,21 @@ class Stage(nn.Module):
     def shared(self, inputs: Inputs) -> Shared:
         """What the blocks share of this microbatch."""
         m, (_, s), device = self.model, inputs.shape, inputs.token_bs.device
+        token_t = inputs.token_numbers()
+        start, size = self.tp.shard_of_tokens(token_t.numel())
         cos = sin = slope_n = None
         if m.position == "rope":
             cos, sin = rope_angles(m, positions_of(inputs), self.dtype)
         if m.position == "alibi":
             num_local = m.num_heads // self.tp.group.size
             slope_n = alibi_slopes(m.num_heads)[self.tp.group.rank * num_local :][:num_local]
-        mask, causal = attention_mask(s, m.sliding_window, inputs.document_bs, slope_n, device, self.dtype)
-        token_t = inputs.token_numbers()
-        start, size = self.tp.shard_of_tokens(token_t.numel())
-        return Shared(
-            inputs.shape, cos, sin, mask, causal, token_t, token_t[start : start + size], inputs.training, self.dtype
-        )
+        visible: dict[int, Visible] = {}
+        for window in sorted(self.windows, reverse=True):
+            # a window as wide as the sample hides nothing: such layers share the mask of those without
+            same = next((made for wide, made in visible.items() if min(wide or s, s) == min(window or s, s)), None)
+            visible[window] = same or attention_mask(s, window, inputs.document_bs, slope_n, device, self.dtype)
+        row_t = token_t[start : start + size]
+        return Shared(inputs.shape, cos, sin, visible, token_t, row_t, inputs.training, self.dtype)
 
 
 def positions_of(inputs: Inputs) -> Tensor:

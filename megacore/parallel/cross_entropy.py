@@ -9,6 +9,11 @@ number per token travel: the largest logit (max), then the sums of exp, of the t
 all logits. Backward needs softmax = exp(l - own max) * exp(own max - max) / Z, so the exponentials take the logits'
 place, and the logits' gradient takes theirs.
 
+Soft caps bound logits before all of this: l = c tanh(x / c) of what the matrix gives (Gemma 2, 2024, section 2). Their
+slope 1 - (l / c)^2 is found from the exponentials: l = log exp(l - own max) + own max. Where a far smaller logit than
+the largest left none, its probability is 0 and so is its gradient, unless labels are smoothed (a rule of the config
+keeps that apart); the target's logit is kept.
+
 On the way, tokens go in chunks through the matrix product and the passes over its result, so that a chunk's logits
 are still in cache; and all microbatches use one piece of memory, the largest a step needs. Under 16-bit training this
 memory has 16 bits, while every chunk is computed in float32, and so are all sums and the loss.
@@ -66,6 +71,7 @@ class _LinearCrossEntropy(Function):
         vocab: Vocabulary,
         tp: TensorParallel,
         smoothing: float,
+        softcap: float,
         backward_follows: bool,
     ) -> tuple[Tensor, Tensor]:
         whole_th = all_gather(x_th, tp.group) if tp.sequence else x_th
@@ -73,7 +79,8 @@ class _LinearCrossEntropy(Function):
         inside_t = (local_t >= 0) & (local_t < weight_vh.shape[0])
         local_t = local_t.clamp(0, max(weight_vh.shape[0] - 1, 0))
         exp_tv = vocab.take(len(whole_th), weight_vh)
-        own_max_t, parts = _exponentials(exp_tv, whole_th, weight_vh, local_t, inside_t, tp, smoothing > 0)
+        own_max_t, parts = _exponentials(exp_tv, whole_th, weight_vh, local_t, inside_t, tp, smoothing > 0, softcap)
+        caps = (own_max_t, parts[1].clone()) if softcap else ()
         max_t = all_reduce(own_max_t.clone(), tp.group, "max")
         # a rank without rows has -inf as its own maximum, and exp(-inf - max) = 0 is its weight
         rescale_t = torch.exp(own_max_t - max_t)
@@ -85,9 +92,10 @@ class _LinearCrossEntropy(Function):
             loss_t -= smoothing / vocab.size * parts[2]
         valid_t = label_t != IGNORE
         ctx.save_for_backward(
-            x_th if tp.regather else whole_th, local_t, inside_t, valid_t, log_z_t, rescale_t / parts[0]
+            x_th if tp.regather else whole_th, local_t, inside_t, valid_t, log_z_t, rescale_t / parts[0], *caps
         )
-        ctx.exp_tv, ctx.weight, ctx.vocab, ctx.tp, ctx.smoothing = exp_tv, weight_vh, vocab, tp, smoothing
+        ctx.exp_tv, ctx.weight, ctx.vocab, ctx.tp = exp_tv, weight_vh, vocab, tp
+        ctx.smoothing, ctx.softcap = smoothing, softcap
         if not backward_follows:
             vocab.spare.append(exp_tv)
         return loss_t * valid_t, log_z_t.square() * valid_t
@@ -96,19 +104,25 @@ class _LinearCrossEntropy(Function):
     @once_differentiable
     def backward(
         ctx: Any, grad_loss_t: Tensor, grad_z_t: Tensor
-    ) -> tuple[Tensor, Tensor | None, None, None, None, None, None]:
-        x_th, local_t, inside_t, valid_t, log_z_t, to_softmax_t = ctx.saved_tensors
+    ) -> tuple[Tensor, Tensor | None, None, None, None, None, None, None]:
+        x_th, local_t, inside_t, valid_t, log_z_t, to_softmax_t, *caps = ctx.saved_tensors
         exp_tv, weight_vh, tp, smoothing = ctx.exp_tv, ctx.weight, ctx.tp, ctx.smoothing
         gathering = all_gather_start(x_th, tp.group) if tp.sequence and tp.regather else None
         grad_loss_t = grad_loss_t * valid_t
         softmax_t = (grad_loss_t + 2 * log_z_t * grad_z_t * valid_t) * to_softmax_t
         target_t = (1 - smoothing) * grad_loss_t * inside_t
         spread_t = smoothing / ctx.vocab.size * grad_loss_t if smoothing else None
+        if caps:
+            target_t *= _slope(caps[1].clone(), ctx.softcap)
         grad_th = weight_vh.new_empty(len(exp_tv), weight_vh.shape[1])
         for rows in _chunks(exp_tv):
-            chunk = exp_tv[rows].to(softmax_t.dtype).mul_(softmax_t[rows, None])
+            chunk = exp_tv[rows].to(softmax_t.dtype)
+            slope = _slope(chunk.log().add_(caps[0][rows, None]), ctx.softcap) if caps else None
+            chunk.mul_(softmax_t[rows, None])
             if spread_t is not None:
                 chunk.sub_(spread_t[rows, None])
+            if slope is not None:
+                chunk.mul_(slope)
             if chunk.shape[1]:
                 chunk.scatter_add_(1, local_t[rows, None], -target_t[rows, None])
             if chunk.dtype != exp_tv.dtype:
@@ -122,7 +136,12 @@ class _LinearCrossEntropy(Function):
         grad_weight = WeightGradients().linear(tp.linear, weight_vh, x_th, exp_tv)
         ctx.vocab.spare.append(exp_tv)
         ctx.exp_tv = None
-        return summing.wait(), grad_weight, None, None, None, None, None
+        return summing.wait(), grad_weight, None, None, None, None, None, None
+
+
+def _slope(logits: Tensor, softcap: float) -> Tensor:
+    """The slope of the soft cap where it gives these logits, in their place."""
+    return logits.div_(softcap).clamp_(-1, 1).square_().neg_().add_(1)
 
 
 def _exponentials(
@@ -133,6 +152,7 @@ def _exponentials(
     inside_t: Tensor,
     tp: TensorParallel,
     want_sum: bool,
+    softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """Fill exp [t, v] with exp(logit - own max).
 
@@ -145,6 +165,8 @@ def _exponentials(
         return own_max_t, parts
     for rows in _chunks(exp_tv):
         logits = tp.linear.forward(x_th[rows], weight_vh).to(dtype)
+        if softcap:
+            logits.div_(softcap).tanh_().mul_(softcap)
         parts[1, rows] = logits.gather(1, local_t[rows, None]).squeeze(1) * inside_t[rows]
         if want_sum:
             parts[2, rows] = logits.sum(1)
@@ -168,10 +190,12 @@ def linear_cross_entropy(
     vocab: Vocabulary,
     tp: TensorParallel,
     label_smoothing: float = 0.0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Per token: the loss [t] and the squared log-partition z [t] of the logits x w^T; 0 where the label is IGNORE.
+    """Per token: the loss [t] and the squared log-partition z [t] of the logits x w^T, bounded by ``softcap`` where it
+    is not 0; both 0 where the label is IGNORE.
 
     x [t, h] (a run of the tokens under sequence parallelism), weight [v, h] this rank's rows, labels [t] of all tokens.
     """
     backward_follows = torch.is_grad_enabled() and (x_th.requires_grad or weight_vh.requires_grad)
-    return _LinearCrossEntropy.apply(x_th, weight_vh, label_t, vocab, tp, label_smoothing, backward_follows)
+    return _LinearCrossEntropy.apply(x_th, weight_vh, label_t, vocab, tp, label_smoothing, softcap, backward_follows)

@@ -2,11 +2,13 @@
 
 from typing import NamedTuple
 
+from megacore.config.resolve import window_of
 from megacore.spec.model import ModelSpec
 
 
 class UnitFlops(NamedTuple):
-    """FLOPs of the forward pass per token of each kind of unit."""
+    """FLOPs of the forward pass per token of each kind of unit; of blocks that differ (some see but a window), the
+    mean."""
 
     embedding: float
     block: float
@@ -21,7 +23,8 @@ def forward_flops_per_token(spec: ModelSpec, seq_len: int, causal: bool = True) 
     window. (Megatron-LM's count today; reference: Narayanan et al. 2021, appendix, less its causal discount.)
     """
     m = spec.config
-    return 2 * spec.num_matmul_params + m.num_layers * _attention_flops(spec, seq_len, causal)
+    attention = sum(_attention_flops(spec, seq_len, causal, layer) for layer in range(m.num_layers))
+    return 2 * spec.num_matmul_params + attention
 
 
 def train_flops_per_token(spec: ModelSpec, seq_len: int, causal: bool = True) -> float:
@@ -35,22 +38,28 @@ def unit_flops_per_token(spec: ModelSpec, seq_len: int, causal: bool = True) -> 
     The embedding's look-up, which model FLOPs leave out, counts one per element that it copies or adds.
     """
     m = spec.config
-    matrices = sum(param.numel for param in spec.blocks[0].params if param.is_matmul)
+    blocks = [block_flops_per_token(spec, seq_len, layer, causal) for layer in range(m.num_layers)]
     return UnitFlops(
         embedding=len(spec.embedding.params) * m.hidden_size,
-        block=2 * matrices + _attention_flops(spec, seq_len, causal),
+        block=sum(blocks) / len(blocks),
         head=2 * m.vocab_size * m.hidden_size,
     )
 
 
-def _attention_flops(spec: ModelSpec, seq_len: int, causal: bool) -> float:
+def block_flops_per_token(spec: ModelSpec, seq_len: int, layer: int, causal: bool = True) -> float:
+    """`forward_flops_per_token` of one block."""
+    matrices = sum(param.numel for param in spec.blocks[layer].params if param.is_matmul)
+    return 2 * matrices + _attention_flops(spec, seq_len, causal, layer)
+
+
+def _attention_flops(spec: ModelSpec, seq_len: int, causal: bool, layer: int) -> float:
     """Scores and values of one block, per token."""
-    m = spec.config
+    m, window = spec.config, window_of(spec.config, layer)
     visible = float(seq_len)
-    if m.sliding_window and m.sliding_window < seq_len:
-        visible = float(m.sliding_window)
+    if 0 < window < seq_len:
+        visible = float(window)
         if causal:  # the first tokens see fewer than the window
-            visible -= m.sliding_window * (m.sliding_window - 1) / (2 * seq_len)
+            visible -= window * (window - 1) / (2 * seq_len)
     elif causal:
         visible = seq_len / 2
     return 4 * m.num_heads * m.head_dim * visible

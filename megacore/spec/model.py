@@ -4,14 +4,17 @@ Names and shapes of the whole model (h hidden, a query heads, k kv heads, d head
 
     embedding.tokens.weight [V, h]            embedding.positions.weight [positions, h]
     layers.N.attention_norm.weight [h]        layers.N.mlp_norm.weight [h]
+    layers.N.attention_post_norm.weight [h]   layers.N.mlp_post_norm.weight [h]
     layers.N.attention.qkv.weight [(a+2k)d, h]   rows: query heads, key heads, value heads
-    layers.N.attention.q_norm.weight [d]      layers.N.attention.k_norm.weight [d]
+    layers.N.attention.q_norm.weight [d]      layers.N.attention.k_norm.weight [d]   (over all heads: [ad] and [kd])
     layers.N.attention.out.weight [h, ad]
     layers.N.mlp.gate_up.weight [2f, h]       rows: gate, up (or layers.N.mlp.up.weight [f, h] where nothing gates)
     layers.N.mlp.down.weight [h, f]
     final_norm.weight [h]                     head.weight [V, h], absent where it is tied
 
-and a ``.bias`` beside each weight that has one.
+and a ``.bias`` beside each weight that has one. ``attention_norm`` and ``mlp_norm`` stand before their half of the
+block, under norm_placement = "post" after it; under "both" the ones after it are the ``_post_norm``s, which others
+lack. Under norm_unit_offset, RMSNorms' weights are what is added to 1.
 """
 
 import math
@@ -103,15 +106,17 @@ class _Maker:
 
     def block(self, name: str) -> Iterator[ParamSpec]:
         m = self.model
+        both = m.norm_placement == "both"
         yield from self.norm(f"{name}.attention_norm")
         heads = Segment(m.num_heads * m.head_dim, m.head_dim)
         kv = Segment(m.num_kv_heads * m.head_dim, m.head_dim, replicate=True)
         yield from self.column(f"{name}.attention.qkv", (heads, kv, kv), m.qkv_bias)
         if m.qk_norm:
-            # each rank norms its own heads with the same weight, so its gradient is a part of the whole
-            for which in ("q_norm", "k_norm"):
-                yield self.vector(f"{name}.attention.{which}.weight", m.head_dim, "ones", ("tp",))
+            for which, segment in (("q_norm", heads), ("k_norm", kv)):
+                yield self.head_norm(f"{name}.attention.{which}.weight", segment)
         yield from self.row(f"{name}.attention.out", heads, m.attention_out_bias)
+        if both:
+            yield from self.norm(f"{name}.attention_post_norm")
         yield from self.norm(f"{name}.mlp_norm")
         ffn = Segment(m.ffn_hidden_size)
         if m.activation in GATED:
@@ -119,6 +124,8 @@ class _Maker:
         else:
             yield from self.column(f"{name}.mlp.up", (ffn,), m.mlp_bias)
         yield from self.row(f"{name}.mlp.down", ffn, m.mlp_bias)
+        if both:
+            yield from self.norm(f"{name}.mlp_post_norm")
 
     def head(self) -> Iterator[ParamSpec]:
         m = self.model
@@ -127,8 +134,20 @@ class _Maker:
             shape = (m.vocab_size, m.hidden_size)
             yield ParamSpec("head.weight", shape, rows(self.vocab), std=m.init_std, is_matmul=True)
 
+    @property
+    def neutral(self) -> str:
+        """What an RMSNorm's weights start as: they multiply by 1."""
+        return "zeros" if self.model.norm_unit_offset else "ones"
+
+    def head_norm(self, name: str, heads: Segment) -> ParamSpec:
+        """The weight that norms queries or keys."""
+        if self.model.qk_norm_over == "all":
+            return ParamSpec(name, (heads.size,), rows(heads), init=self.neutral, decay=False)
+        # each rank norms its own heads with the same weight, so its gradient is a part of the whole
+        return self.vector(name, self.model.head_dim, self.neutral, ("tp",))
+
     def norm(self, name: str) -> Iterator[ParamSpec]:
-        yield self.vector(f"{name}.weight", self.model.hidden_size, "ones", self.on_sequence)
+        yield self.vector(f"{name}.weight", self.model.hidden_size, self.neutral, self.on_sequence)
         if self.model.norm == "layernorm":
             yield self.vector(f"{name}.bias", self.model.hidden_size, "zeros", self.on_sequence)
 

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 from megacore.config.schema import ModelConfig
 from megacore.layout.stages import stages_of_layers
-from megacore.spec.flops import unit_flops_per_token
+from megacore.spec.flops import block_flops_per_token, unit_flops_per_token
 from megacore.spec.model import ModelSpec
 from megacore.spec.params import ParamSpec
 
@@ -27,8 +27,9 @@ def layers_of_stages(
 
 def flops_of_stages(model: ModelConfig, seq_len: int, stages: Sequence[range]) -> tuple[float, ...]:
     """Forward FLOPs per token of each stage that `layers_of_stages` made."""
-    flops = unit_flops_per_token(ModelSpec.of(model), seq_len)
-    costs = [len(layers) * flops.block for layers in stages]
+    spec = ModelSpec.of(model)
+    flops = unit_flops_per_token(spec, seq_len)
+    costs = [sum(block_flops_per_token(spec, seq_len, layer) for layer in layers) for layers in stages]
     costs[0] += flops.embedding
     costs[-1] += flops.head
     return tuple(costs)

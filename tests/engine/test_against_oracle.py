@@ -7,6 +7,22 @@ import pytest
 from tests.engine.common import assemble, batch_of, built_rank, parts, run_config, step_of, worst_difference
 from tests.oracle.model import PlainDecoder, random_weights
 
+LONGROPE = (
+    "model.rope_scaling.type=longrope",
+    "model.rope_scaling.factor=4",
+    "model.rope_scaling.original_seq_len=16",
+    "model.rope_scaling.short_factor=[1.0, 1.1, 1.3]",
+    "model.rope_scaling.long_factor=[1.5, 2.5, 5.0]",
+)
+NEOX = ("model.family=gpt-neox", "model.head_dim=8")
+OLMO2 = ("model.family=olmo2",)
+GEMMA2 = (
+    "model.family=gemma2",
+    "model.sliding_window=5",
+    "model.attention_softcap=1.5",
+    "model.logit_softcap=6",
+    "model.attention_scale_dim=10",
+)
 FEATURES = {
     "llama": (),
     "gpt2": ("model.family=gpt2",),
@@ -42,6 +58,29 @@ FEATURES = {
         "model.rope_scaling.original_seq_len=32",
         "model.head_dim=16",
     ),
+    "longrope, short": LONGROPE,
+    "longrope, long": (*LONGROPE, "model.rope_scaling.original_seq_len=12"),
+    "longrope, by the positions of each sample": (
+        *LONGROPE,
+        "model.rope_scaling.original_seq_len=12",
+        "data.reset_positions=true",
+    ),
+    "neox": NEOX,
+    "neox, another rotary part, post norms": (*NEOX, "model.rotary_fraction=0.6", "model.norm_placement=post"),
+    "olmo2": OLMO2,
+    "olmo2, unit offset, one kv head": (*OLMO2, "model.norm_unit_offset=true", "model.num_kv_heads=1"),
+    "gemma2": GEMMA2,
+    "gemma2, other ends": (
+        *GEMMA2,
+        "model.full_attention_every=0",
+        "model.sliding_window_from=2",
+        "model.parallel_residual=true",
+        "model.qk_norm=true",
+        "data.reset_attention=true",
+        "train.label_smoothing=0.1",
+        "train.z_loss=0.01",
+        "model.logit_softcap=2",
+    ),
     "gpipe": ("parallel.schedule=gpipe",),
     "one microbatch": ("train.micro_batch_size=8",),
     "one layer": ("model.num_layers=1",),
@@ -57,9 +96,10 @@ def test_gradients_are_those_of_an_independent_model(name: str) -> None:
         parameter.data.copy_(weights[name_of])
     loss, norm = step_of(built, step=1)
     oracle, whole, t = PlainDecoder(config.model, weights), batch_of(config, 1), config.train
-    arguments = (whole.token_bs, whole.label_bs, t.label_smoothing, t.z_loss, None, whole.document_bs)
+    positions = whole.position_bs
+    arguments = (whole.token_bs, whole.label_bs, t.label_smoothing, t.z_loss, positions, whole.document_bs)
     expected = oracle.gradients(*arguments)
-    plain_loss = oracle.loss(whole.token_bs, whole.label_bs, t.label_smoothing, 0.0, None, whole.document_bs)
+    plain_loss = oracle.loss(whole.token_bs, whole.label_bs, t.label_smoothing, 0.0, positions, whole.document_bs)
     assert loss == pytest.approx(plain_loss.item(), rel=1e-12)  # what is reported leaves the z-loss out
     assert norm == pytest.approx(sum(grad.square().sum().item() for grad in expected.values()) ** 0.5, rel=1e-12)
     difference, where = worst_difference(assemble(config, [parts(built, "grads")]), expected)

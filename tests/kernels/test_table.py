@@ -14,7 +14,7 @@ from megacore.kernels.table import TABLE, Choice, Kernel, resolve
 CPU = torch.device("cpu")
 FUNCTIONS = [kernel for kernel in TABLE if kernel.operation != "linear"]  # that is three products
 DTYPES = {torch.float64: 1e-13, torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
-ELEMENTWISE = ("swiglu", "geglu", "gelu", "relu2")
+ELEMENTWISE = ("swiglu", "geglu", "gelu", "gelu_erf", "relu2")
 
 
 def numbers(*shape: int) -> Tensor:
@@ -42,6 +42,7 @@ def cases(operation: str) -> Iterator[tuple[object, ...]]:
         for shape in ((1, 1), (5, 7), (2, 3, 33)):
             yield numbers(*shape), numbers(shape[-1]), 1e-5
         yield 1e-4 * numbers(4, 9), numbers(9), 1e-5  # where eps counts
+        yield numbers(2, 3, 7), numbers(7), 1e-5, 1.0  # what is learned is the difference from 1
     elif operation == "layer_norm":
         for shape in ((1, 2), (5, 7), (2, 3, 33)):
             yield 2 + numbers(*shape), numbers(shape[-1]), numbers(shape[-1]), 1e-5
@@ -50,6 +51,10 @@ def cases(operation: str) -> Iterator[tuple[object, ...]]:
             for angles in (1, b):
                 angle = 9 * numbers(angles, s, 1, d // 2)
                 yield numbers(b, s, n, d), angle.cos(), angle.sin()
+                yield numbers(b, s, n, d + 3), angle.cos(), angle.sin()  # the last three dims stay
+    elif operation == "attention_softcap":
+        for *args, keep in (*attention_cases(dropping=False), *attention_cases(dropping=True)):
+            yield *args, keep, 0.7
     else:
         yield from attention_cases(dropping=operation == "attention_dropout")
 
@@ -89,7 +94,7 @@ def outcome(kernel: Kernel, args: tuple[object, ...], dtype: torch.dtype, how: s
 @cache
 def wanted(operation: str) -> list[tuple[tuple[object, ...], list[Tensor]]]:
     """All cases of an operation with what its reference makes of them in float64."""
-    name = "attention" if operation == "attention_dropout" else operation
+    name = "attention" if operation.startswith("attention_") else operation
     meaning = Kernel(operation, "reference", getattr(reference, name))
     return [(args, outcome(meaning, args, torch.float64, "contiguous")) for args in cases(operation)]
 

@@ -7,9 +7,10 @@ all of the engine's layouts still shows. It is checked against `transformers` in
 Shapes: b batch, s sequence, h hidden, a query heads, k key/value heads, d head_dim, f ffn, V vocabulary.
 
 Choices that the config leaves open, made here:
-- "gelu" and the gate of "geglu" are the tanh approximation (GPT-2's gelu_new, Gemma);
+- "gelu" and the gate of "geglu" are the tanh approximation (GPT-2's gelu_new, Gemma), "gelu-erf" is the exact GELU;
 - ALiBi counts distance in tokens of the sequence, whatever `positions` says;
-- a sliding window likewise: a token sees itself and the window-1 tokens before it.
+- a sliding window likewise: a token sees itself and the window-1 tokens before it;
+- longrope takes the long factors for the samples with a position from the original length on.
 """
 
 import math
@@ -47,12 +48,16 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         add_norm(f"{block}.attention_norm")
         add_linear(f"{block}.attention.qkv", (a + 2 * k) * d, h, config.qkv_bias)
         if config.qk_norm:
-            shapes[f"{block}.attention.q_norm.weight"] = (d,)
-            shapes[f"{block}.attention.k_norm.weight"] = (d,)
+            of_all = config.qk_norm_over == "all"
+            shapes[f"{block}.attention.q_norm.weight"] = (a * d if of_all else d,)
+            shapes[f"{block}.attention.k_norm.weight"] = (k * d if of_all else d,)
         add_linear(f"{block}.attention.out", h, a * d, config.attention_out_bias)
         add_norm(f"{block}.mlp_norm")
         add_linear(f"{block}.mlp.gate_up" if gated else f"{block}.mlp.up", f * (2 if gated else 1), h, config.mlp_bias)
         add_linear(f"{block}.mlp.down", h, f, config.mlp_bias)
+        if config.norm_placement == "both":
+            add_norm(f"{block}.attention_post_norm")
+            add_norm(f"{block}.mlp_post_norm")
     add_norm("final_norm")
     if not config.tie_embeddings:
         shapes["head.weight"] = (vocab, h)
@@ -69,18 +74,22 @@ def random_weights(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torc
     return weights
 
 
-def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+def rope_frequencies(config: ModelConfig, is_long: bool = False) -> tuple[Tensor, float]:
     """Radians per token of each rotated pair [d/2] in float64, and the factor on cos and sin.
 
     linear: Chen et al. 2306.15595; ntk: the static NTK-aware base; yarn: Peng et al. 2309.00071; llama3: the
-    piecewise rule of Llama 3.1's release.
+    piecewise rule of Llama 3.1's release; longrope: Ding et al. 2402.13753, as Phi-3 has it.
     """
-    scaling, d, theta = config.rope_scaling, config.head_dim, config.rope_theta
+    scaling, d, theta = config.rope_scaling, int(config.head_dim * config.rotary_fraction), config.rope_theta
     if scaling.type == "ntk":
         theta = theta * scaling.factor ** (d / (d - 2))
     frequencies = theta ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
     if scaling.type in ("none", "ntk"):
         return frequencies, 1.0
+    if scaling.type == "longrope":
+        each = torch.tensor(scaling.long_factor if is_long else scaling.short_factor, dtype=torch.float64)
+        default = math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_seq_len))
+        return frequencies / each, scaling.attention_factor or default
     slowed = frequencies / scaling.factor
     if scaling.type == "linear":
         return slowed, 1.0
@@ -113,11 +122,18 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
 
 def rotate(x_bsnd: Tensor, angles_bsd: Tensor, factor: float) -> Tensor:
-    """Turn each pair (x[i], x[i + d/2]) by its angle [.., d/2] (the half-rotation layout of HF Llama)."""
+    """Turn each pair (x[i], x[i + r/2]) of the first r dims by its angle [.., r/2] (the half-rotation layout of HF
+    Llama); the dims behind them stay."""
+    pairs = angles_bsd.shape[-1]
+    x_bsnd, kept = x_bsnd[..., : 2 * pairs], x_bsnd[..., 2 * pairs :]
     first, second = x_bsnd.chunk(2, dim=-1)
     cos = (angles_bsd.cos() * factor)[:, :, None, :].to(x_bsnd.dtype)
     sin = (angles_bsd.sin() * factor)[:, :, None, :].to(x_bsnd.dtype)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, kept), dim=-1)
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(x / cap) if cap else x
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -131,6 +147,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def gelu_tanh(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def gelu_exact(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
 
 class PlainDecoder:
@@ -161,16 +181,22 @@ class PlainDecoder:
         if positions is None:
             positions = torch.arange(s).expand(b, s)
         x_bsh = w["embedding.tokens.weight"][tokens]
+        if config.scale_embeddings:
+            x_bsh = x_bsh * math.sqrt(config.hidden_size)
         if config.position == "learned":
             x_bsh = x_bsh + w["embedding.positions.weight"][positions]
-        mask = self._attention_bias(s, documents).to(x_bsh.dtype)
         for layer in range(config.num_layers):
-            block = f"layers.{layer}"
-            normed = self._norm(f"{block}.attention_norm", x_bsh)
-            x_bsh = x_bsh + self._attention(f"{block}.attention", normed, positions, mask)
-            x_bsh = x_bsh + self._mlp(f"{block}.mlp", self._norm(f"{block}.mlp_norm", x_bsh))
+            block, before = f"layers.{layer}", x_bsh
+            mask = self._attention_bias(s, documents, layer).to(x_bsh.dtype)
+            mixed = self._attention(
+                f"{block}.attention", self._norm_before(f"{block}.attention", before), positions, mask
+            )
+            x_bsh = x_bsh + self._norm_after(f"{block}.attention", mixed)
+            fed = before if config.parallel_residual else x_bsh
+            inner = self._mlp(f"{block}.mlp", self._norm_before(f"{block}.mlp", fed))
+            x_bsh = x_bsh + self._norm_after(f"{block}.mlp", inner)
         head = w["embedding.tokens.weight"] if config.tie_embeddings else w["head.weight"]
-        return self._norm("final_norm", x_bsh) @ head.T
+        return softcap(self._norm("final_norm", x_bsh) @ head.T, config.logit_softcap)
 
     def loss(
         self,
@@ -206,22 +232,41 @@ class PlainDecoder:
         loss = PlainDecoder(self.config, leaves).loss(tokens, labels, label_smoothing, z_loss, positions, documents)
         return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
+    def _norm_before(self, half: str, x_bsh: Tensor) -> Tensor:
+        return x_bsh if self.config.norm_placement == "post" else self._norm(f"{half}_norm", x_bsh)
+
+    def _norm_after(self, half: str, x_bsh: Tensor) -> Tensor:
+        if self.config.norm_placement == "pre":
+            return x_bsh
+        return self._norm(f"{half}_norm" if self.config.norm_placement == "post" else f"{half}_post_norm", x_bsh)
+
     def _norm(self, name: str, x_bsh: Tensor) -> Tensor:
-        weight, eps = self.weights[f"{name}.weight"], self.config.norm_eps
+        weight, eps = self._norm_weight(name), self.config.norm_eps
         if self.config.norm == "layernorm":
             return layer_norm(x_bsh, weight, self.weights[f"{name}.bias"], eps)
         return rms_norm(x_bsh, weight, eps)
+
+    def _norm_weight(self, name: str) -> Tensor:
+        weight = self.weights[f"{name}.weight"]
+        return 1 + weight if self.config.norm_unit_offset else weight
+
+    def _norm_heads(self, name: str, x_bsnd: Tensor) -> Tensor:
+        if self.config.qk_norm_over == "head":
+            return rms_norm(x_bsnd, self._norm_weight(name), self.config.norm_eps)
+        return rms_norm(x_bsnd.flatten(2), self._norm_weight(name), self.config.norm_eps).view(x_bsnd.shape)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         y = x @ self.weights[f"{name}.weight"].T
         bias = self.weights.get(f"{name}.bias")
         return y if bias is None else y + bias
 
-    def _attention_bias(self, s: int, documents: Tensor | None) -> Tensor:
-        """What is added to the scores [b or 1, a or 1, s query, s key]: -inf where attention is not allowed."""
+    def _attention_bias(self, s: int, documents: Tensor | None, layer: int = 0) -> Tensor:
+        """What is added to a layer's scores [b or 1, a or 1, s query, s key]: -inf where attention is not allowed."""
+        every = self.config.full_attention_every
+        sees_all = layer < self.config.sliding_window_from or (every > 0 and layer % every == every - 1)
         query, key = torch.arange(s)[:, None], torch.arange(s)[None, :]
         allowed = (key <= query)[None]
-        if self.config.sliding_window:
+        if self.config.sliding_window and not sees_all:
             allowed = allowed & (query - key < self.config.sliding_window)
         if documents is not None:
             allowed = allowed & (documents[:, :, None] == documents[:, None, :])
@@ -237,15 +282,17 @@ class PlainDecoder:
         heads = self._linear(f"{name}.qkv", x_bsh).unflatten(-1, (a + 2 * k, d))
         q_bsad, k_bskd, v_bskd = heads.split((a, k, k), dim=2)
         if config.qk_norm:
-            q_bsad = rms_norm(q_bsad, self.weights[f"{name}.q_norm.weight"], config.norm_eps)
-            k_bskd = rms_norm(k_bskd, self.weights[f"{name}.k_norm.weight"], config.norm_eps)
+            q_bsad, k_bskd = self._norm_heads(f"{name}.q_norm", q_bsad), self._norm_heads(f"{name}.k_norm", k_bskd)
         if config.position == "rope":
-            frequencies, factor = rope_frequencies(config)
-            angles = positions[:, :, None] * frequencies
+            is_long = [row.max().item() >= config.rope_scaling.original_seq_len for row in positions]
+            of_sample = [rope_frequencies(config, long) for long in is_long]
+            factor = of_sample[0][1]
+            angles = torch.stack([row[:, None] * turns for row, (turns, _) in zip(positions, of_sample, strict=True)])
             q_bsad, k_bskd = rotate(q_bsad, angles, factor), rotate(k_bskd, angles, factor)
         k_bsad = k_bskd.repeat_interleave(a // k, dim=2)
         v_bsad = v_bskd.repeat_interleave(a // k, dim=2)
-        scores = torch.einsum("bqad,bkad->baqk", q_bsad, k_bsad) / math.sqrt(d) + bias
+        scores = torch.einsum("bqad,bkad->baqk", q_bsad, k_bsad) / math.sqrt(config.attention_scale_dim or d)
+        scores = softcap(scores, config.attention_softcap) + bias
         mixed_bsad = torch.einsum("baqk,bkad->bqad", scores.softmax(-1), v_bsad)
         return self._linear(f"{name}.out", mixed_bsad.flatten(2))
 
@@ -256,5 +303,6 @@ class PlainDecoder:
             inner = (functional.silu(gate) if activation == "swiglu" else gelu_tanh(gate)) * up
         else:
             up = self._linear(f"{name}.up", x_bsh)
-            inner = gelu_tanh(up) if activation == "gelu" else up.relu().square()
+            shapes = {"gelu": gelu_tanh, "gelu-erf": gelu_exact, "relu2": lambda x: x.relu().square()}
+            inner = shapes[activation](up)
         return self._linear(f"{name}.down", inner)

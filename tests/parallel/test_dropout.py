@@ -55,7 +55,7 @@ def attention_mask(rank: int, size: int) -> torch.Tensor:
     make = ParameterMaker(ModelSpec.of(model).by_name, tp.group, meta, torch.float64, 1).below("layers.0.attention")
     attention = Attention(model, make, tp, resolve(meta, torch.float64)[0], seed=1)
     token_t = inputs().token_numbers()
-    shared = Shared((BATCH, LENGTH), None, None, None, True, token_t, token_t, True, torch.float64)
+    shared = Shared((BATCH, LENGTH), None, None, {}, token_t, token_t, True, torch.float64)
     return attention.keep(shared, BATCH, LENGTH)
 
 
