@@ -7,6 +7,7 @@ as many as the layout needs).
 import argparse
 import os
 import sys
+from dataclasses import replace
 from typing import Any
 
 from megacore.config.load import load
@@ -112,6 +113,7 @@ def complete(config: RunConfig, world_size: int) -> RunConfig:
     from megacore.data.run_data import fill_in
     from megacore.train.schedule import num_microbatches, plan_schedule
 
+    config = with_model(config)
     blend = "data.blend is empty: there is nothing to train on; give a data set's prefix, or a list of [weight, prefix]"
     check(config, world_size, () if config.data.blend else (blend,))
     config = fill_in(config)
@@ -121,6 +123,17 @@ def complete(config: RunConfig, world_size: int) -> RunConfig:
     if is_own_schedule(config.parallel):
         plan_schedule(config, num_microbatches(config))
     return config
+
+
+def with_model(config: RunConfig) -> RunConfig:
+    """The run with the model of ``checkpoint.init_from``, where its [model] section gives no shape."""
+    m, path = config.model, config.checkpoint.init_from
+    if not path or m.num_layers or m.hidden_size or m.num_heads:
+        return config
+    from megacore.checkpoint.opening import open_weights
+
+    taken = replace(open_weights(path).model, dropout=m.dropout, attention_dropout=m.attention_dropout)
+    return replace(config, model=taken)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "demo": ("megacore.tools.demo", "from real text to a trained model on this machine, in a few minutes"),
         "data": ("megacore.tools.data", "make a tokenizer, tokenise, inspect and merge corpora, build sample indices"),
         "verify": ("megacore.tools.verify", "prove that layouts compute what one process computes"),
+        "inspect": ("megacore.tools.inspect_checkpoint", "what is inside a checkpoint, a run or a Hugging Face folder"),
         "schedule": ("megacore.tools.schedule", "generate, prove, simulate and draw a pipeline schedule"),
         "bench": ("megacore.tools.bench", "measure, as ratios to other implementations"),
         "presets": ("megacore.tools.presets", "list the known models with their shapes and parameter counts"),

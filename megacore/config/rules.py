@@ -310,6 +310,22 @@ def _log(config: RunConfig, world_size: int | None) -> Iterator[str]:
         )
 
 
+def _checkpoint(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    c = config.checkpoint
+    if c.keep_best and not config.train.eval_every:
+        yield (
+            f"checkpoint.keep_best={c.keep_best} needs validation losses, but train.eval_every=0; evaluate at the "
+            "steps of checkpoint.save_every, or leave it out"
+        )
+    if c.init_from and c.resume not in ("auto", "never"):
+        yield (
+            f"checkpoint.init_from={c.init_from} and checkpoint.resume={c.resume} both say what to begin with; resume "
+            "goes on with everything, init_from takes weights alone: leave one out"
+        )
+    if not c.resume:
+        yield 'checkpoint.resume="" must be auto, never or a path; leave it out for auto'
+
+
 def _is_positive(text: str) -> bool:
     try:
         return 0 < float(text) < math.inf
@@ -342,5 +358,6 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_param_groups, ("optim.groups",)),
     (_precision, ("precision",)),
     (_data, ("data", "train.eval_every")),
+    (_checkpoint, ("checkpoint", "train.eval_every")),
     (_log, ("log.sample_every", "log.sample_prompts", "log.timeline_step", "train.steps")),
 )
