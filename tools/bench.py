@@ -39,7 +39,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="megacore bench", description=__doc__.partition(": ")[2])
     parser.set_defaults(report="megacore.bench.report", found="comparisons")
-    groups = parser.add_subparsers(dest="benchmark", required=True, metavar="{data,train,pipeline,zero,bubble,optim}")
+    groups = parser.add_subparsers(
+        dest="benchmark", required=True, metavar="{data,train,pipeline,zero,bubble,optim,checkpoint}"
+    )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print JSON instead of a table")
     common.add_argument("--output", metavar="FOLDER", help="also write JSON and CSV there")
@@ -89,6 +91,12 @@ def parser() -> argparse.ArgumentParser:
         "optim", parents=[common, cases, keys], help="a step of every optimizer against torch's AdamW and a plain copy"
     )
     optim.add_argument("--rounds", type=int, default=15, help="timed steps of each side (default 15)")
+    keeping = groups.add_parser(
+        "checkpoint", parents=[common, cases, keys], help="saving and loading against torch.distributed.checkpoint"
+    )
+    keeping.add_argument("--rounds", type=int, default=9, help="timed saves of each side (default 9)")
+    keeping.add_argument("--folder", metavar="PATH", help="where to write (default: a temporary folder)")
+    keeping.set_defaults(measure=measure_checkpoint)
     optim.set_defaults(measure=measure_optim, report="megacore.bench.optim_report", found="cases")
     return parser
 
@@ -146,6 +154,21 @@ def measure_zero(arguments: argparse.Namespace) -> list["Comparison"]:
     for case in chosen(arguments.case, CASES):
         with ranks("megacore.bench.zero:measure", case.dp, case.name, config, arguments.rounds) as result:
             comparisons.append(collect(case, config, result))
+    return comparisons
+
+
+def measure_checkpoint(arguments: argparse.Namespace) -> list["Comparison"]:
+    """Saves and loads: each case on fresh processes, in a folder of its own."""
+    from megacore.bench.checkpoint import CASES, SHAPE, collect
+    from megacore.bench.train import configure
+
+    config = configure([*SHAPE, *arguments.overrides])
+    comparisons = []
+    for case in chosen(arguments.case, CASES):
+        with tempfile.TemporaryDirectory(prefix="megacore-bench-", dir=arguments.folder) as folder:
+            told = case.name, config, arguments.rounds, folder
+            with ranks("megacore.bench.checkpoint:measure", case.num_ranks, *told) as result:
+                comparisons.append(collect(case, config, result))
     return comparisons
 
 
