@@ -11,6 +11,7 @@ from megacore.config.schema import RunConfig
 from megacore.model import offload
 from megacore.optim.offload import Offloaded
 from megacore.train.build import Built
+from megacore.train.state import State
 from tests.engine.common import Part, batch_of, built_rank, microbatches_of, parts, run_config, step_of
 from tests.pool import WorkerPool
 
@@ -124,6 +125,27 @@ def test_what_was_read_back_can_be_published() -> None:
     rule.set_clock(torch.tensor(5.0))
     step_of(built, 2, config.optim.lr)
     assert {one.clock.item() for one in (rule, *rule.rules)} == {6}
+
+
+def saved_of_rank(rank: int, world_size: int, config: RunConfig) -> dict[str, bytes]:
+    """What a checkpoint would hold of this rank, by key and place."""
+    state = State(built_and_stepped(rank, world_size, config))
+    return {
+        f"{part.key} {part.start}": part.tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        for part in state.parts
+    }
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_a_checkpoint_holds_the_same(pool: WorkerPool, tmp_path: Path, name: str) -> None:
+    world_size, layout = sizes(zero=1, dp=2, tp=2)
+    run = (*FOUR_LAYERS, *layout, *TIED, f"optim.name={name}", "optim.lr=0.003", "precision.dtype=bf16")
+    seen = [
+        pool.run(saved_of_rank, world_size, world_size, run_config(world_size, *run, f"optim.offload={where}", *more))
+        for where, *more in (("none",), ("cpu",), ("nvme", f"out={tmp_path}"))
+    ]
+    assert all(len(saved) > 30 for saved in seen[0])
+    assert seen[1] == seen[0] and seen[2] == seen[0]
 
 
 def test_statistics_see_the_weights_on_the_host(pool: WorkerPool) -> None:

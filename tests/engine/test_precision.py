@@ -48,8 +48,8 @@ def test_sixteen_bits_learn_as_thirty_two(pool: WorkerPool, in_32_bits: list[flo
     assert ours == pytest.approx(in_32_bits, rel=0.01)
 
 
-def skips_of_rank(rank: int, world_size: int, config: RunConfig) -> list[tuple[float, float, bool]]:
-    """(skipped, scale, whether weights moved) of each step; in the second, a gradient of the last rank overflows."""
+def skips_of_rank(rank: int, world_size: int, config: RunConfig, culprit: int) -> list[tuple[float, float, bool]]:
+    """(skipped, scale, whether weights moved) of each step; in the second, a gradient of one rank overflows."""
     built, seen = built_rank(rank, world_size, config), []
     storage, begin = built.storage, built.storage.begin
 
@@ -59,18 +59,22 @@ def skips_of_rank(rank: int, world_size: int, config: RunConfig) -> list[tuple[f
 
     for step in range(4):
         before = storage.params.clone()
-        storage.begin = overflow if step == 1 and rank == world_size - 1 else begin  # type: ignore[method-assign]
+        storage.begin = overflow if step == 1 and rank == culprit else begin  # type: ignore[method-assign]
         step_of(built, step=1, lr=1e-3)
         result, scale = built.trainer.result, built.trainer.loss_scale.scale
         seen.append((result.skipped.item(), scale.item(), not torch.equal(before, storage.params)))
     return seen
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_overflow_on_one_rank_skips_the_step_on_all(pool: WorkerPool, layout: str) -> None:
-    world_size, *overrides = LAYOUTS[layout]
+@pytest.mark.parametrize("layout", [*LAYOUTS, "tp2 pp2 dp2 zero1, offloaded"])
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_an_overflow_on_one_rank_skips_the_step_on_all(pool: WorkerPool, place: str, layout: str) -> None:
+    """Whether its neighbours along tp, pp or dp have seen it or not."""
+    offloaded = (8, "parallel.tp=2", "parallel.pp=2", "parallel.zero=1", "optim.offload=cpu")
+    world_size, *overrides = LAYOUTS.get(layout, offloaded)
+    culprit = 0 if place == "first" else world_size - 1
     config = run_config(world_size, *TRAIN, "precision.dtype=fp16", *overrides)
-    for seen in pool.run(skips_of_rank, world_size, world_size, config):
+    for seen in pool.run(skips_of_rank, world_size, world_size, config, culprit):
         assert seen == [(0, 1024, True), (1, 512, False), (0, 512, True), (0, 512, True)]
 
 

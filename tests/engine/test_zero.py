@@ -138,11 +138,13 @@ MODELS = {
         "model.attention_dropout=0.2",
         "data.reset_attention=true",
     ),
+    "clipped by value": ("optim.clip=value", "optim.clip_grad=0.003"),
+    "adagc": ("optim.clip=adagc", "optim.adagc_warmup_steps=1", "optim.adagc_ratio=1", *TIED),
     "fewer rows than ranks": ("model.vocab_size=3", *TIED),
 }
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
 @pytest.mark.parametrize("parallel", [{"dp": 2}, {"dp": 2, "pp": 2}], ids=str)
 @pytest.mark.parametrize("model", MODELS)
 def test_kinds_of_models(runs: Runs, model: str, parallel: dict[str, int], zero: int) -> None:
@@ -165,6 +167,28 @@ def test_recomputation(runs: Runs, zero: int, recompute: str) -> None:
 def test_schedules(runs: Runs, schedule: str, pp: int, tied: tuple[str, ...], zero: int) -> None:
     pipeline = (f"parallel.pp={pp}", f"parallel.schedule={schedule}")
     runs.compare(2, 2 * pp, (*rule("adamw"), *tied), (*pipeline, f"parallel.zero={zero}"))
+
+
+def under_way_of_rank(rank: int, world_size: int, config: RunConfig) -> list[int]:
+    """How many sums are under way when each unit's backward begins, in a step's last microbatch."""
+    built, seen = built_rank(rank, world_size, config), []
+    storage, use = built.storage, built.storage.use
+
+    def noted(unit: tuple[int, int], backward: bool) -> None:
+        use(unit, backward)
+        if backward:
+            seen.append(len(storage.pending))
+
+    storage.use = noted  # type: ignore[method-assign]
+    step_of(built, 1)
+    return seen[-len(storage.buckets) :]
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_gradients_are_summed_while_backward_goes_on(pool: WorkerPool, zero: int) -> None:
+    """Embedding, four blocks and head: each begins while the sums of the two above it are under way."""
+    config = run_config(2, *FOUR_LAYERS, f"parallel.zero={zero}", "train.global_batch_size=2")
+    assert pool.run(under_way_of_rank, 2, 2, config) == [[0, 1, 2, 2, 2, 2]] * 2
 
 
 def look_of_rank(rank: int, world_size: int, config: RunConfig) -> tuple[list[float], Tensor | None, Curve]:

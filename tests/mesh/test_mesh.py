@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megacore.layout.layout import Layout
-from megacore.mesh.collectives import all_gather, gather_objects
+from megacore.mesh.collectives import all_gather, all_reduce, gather_objects
 from megacore.mesh.group import Group
 from megacore.mesh.mesh import ParallelMesh
 from tests.pool import JobFailed, WorkerPool
@@ -36,6 +36,27 @@ def describe_groups(rank: int, layout: Layout, kv_replicas: int) -> dict[str, tu
     handles = {group.ranks: group.handle for group in groups.values()}
     assert all(group.handle is handles[group.ranks] for group in groups.values()), "equal ranks share a process group"
     return {name: group.ranks for name, group in groups.items()}
+
+
+def host_groups_of_rank(rank: int, layout: Layout) -> list[tuple[int, float]]:
+    """With gloo in NCCL's place: groups of their own, over which tensors in host memory travel."""
+    mesh = ParallelMesh.build(layout, rank, CPU)
+    assert mesh.for_host("tp") is mesh.tp, "on the CPU there is nothing else"
+    on_gpu, found = replace(mesh, device=torch.device("cuda", 0)), []
+    for axis in ("tp", "dp_shard"):
+        group, usual = on_gpu.for_host(axis), getattr(mesh, axis)
+        assert (group.axis, group.ranks, group.rank) == (axis, usual.ranks, usual.rank)
+        assert group.size == 1 or (group.backend == "gloo" and group.handle is not usual.handle)
+        found.append((group.size, all_reduce(torch.tensor([10.0**rank]), group).item()))
+    return found
+
+
+def test_gpus_have_groups_for_what_is_in_host_memory(pool: WorkerPool) -> None:
+    layout = Layout(tp=2, dp=2, dp_shard=2, etp=2)
+    for rank, found in enumerate(pool.run(host_groups_of_rank, 4, layout)):
+        assert found == [(2, [11.0, 1100.0][rank // 2]), (2, [101.0, 1010.0][rank % 2])]
+    alone = pool.run(host_groups_of_rank, 2, Layout(dp=2, dp_shard=1))
+    assert [each[0] for each in alone] == [(1, 1.0), (1, 10.0)] and alone[0][1] == (1, 1.0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.describe())

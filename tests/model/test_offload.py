@@ -92,6 +92,26 @@ def test_without_gradients_nothing_is_sent() -> None:
     assert not kept
 
 
+def test_backward_sees_parameters_where_they_are_then() -> None:
+    """Under ZeRO-3 they were in memory that others have used since; views of them are found again, too."""
+    memory, x = torch.randn(2, SIZE * SIZE, dtype=torch.float64), torch.randn(4, SIZE, dtype=torch.float64)
+    weight = torch.nn.Parameter(memory[0].view(SIZE, SIZE))
+    x.requires_grad_()
+
+    def run() -> Tensor:
+        return (x @ weight.t() * weight[3]).sum(1) @ weight[:4, 1]
+
+    run().backward()
+    assert x.grad is not None
+    expected, x.grad = x.grad.clone(), None
+    y = offloaded(run, (weight,), [])
+    memory[1] = memory[0]
+    weight.data = memory[1].view(SIZE, SIZE)
+    memory[0] = torch.nan
+    y.backward()
+    assert x.grad is not None and torch.equal(x.grad, expected)
+
+
 def test_of_a_real_block_no_weight_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "MIN_BYTES", 0)
     stage = stage_of(TINY, torch.float64, recompute="offload")

@@ -231,6 +231,16 @@ def test_bytes_per_parameter_in_full_precision(shards: int) -> None:
     assert state_bytes([param], OptimConfig(), "fp32", zero=3, shards=shards).total == 16 / shards * param.numel
 
 
+@pytest.mark.parametrize("shards", [1, 2, 8])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_bytes_per_parameter_in_sixteen_bits(dtype: str, shards: int) -> None:
+    """M0014 and M0016: gradients in fp32 and Adam with master weights take 18 bytes, or 6 + 12/d."""
+    param = ParamSpec("weight", (shards * 10, 64))
+    assert state_bytes([param], OptimConfig(), dtype).total == 18 * param.numel
+    assert state_bytes([param], OptimConfig(), dtype, zero=1, shards=shards).total == (6 + 12 / shards) * param.numel
+    assert state_bytes([param], OptimConfig(), dtype, zero=3, shards=shards).total == 18 / shards * param.numel
+
+
 @pytest.mark.parametrize(("number", "text"), [(950, "950 B"), (11_200, "11.2 kB"), (3.4e9, "3.40 GB"), (0, "0 B")])
 def test_bytes_as_people_say_them(number: float, text: str) -> None:
     assert human_bytes(number) == text
