@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megacore.checkpoint.hf.files import TOKENIZER_FILES
+from megacore.checkpoint.hf.folder import TOKENIZER
 from megacore.config.schema import RunConfig
 from megacore.data.fim import FimTokens
 from megacore.data.sampler import BatchPlan
@@ -19,9 +21,6 @@ from megacore.mesh.mesh import ParallelMesh
 from megacore.model.inputs import Inputs
 from megacore.train.feed import Feed
 from megacore.train.overview import summary
-
-TOKENIZER_FILES = (".json", ".model", ".txt", ".jinja")
-"""Endings of the files that a folder of a tokenizer has for it."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,8 @@ def tokenizer_files(spec: str) -> dict[str, bytes]:
     path = Path(spec)
     if not spec or not path.exists():
         return {}
-    files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.suffix in TOKENIZER_FILES]
-    return {f"tokenizer/{file.name}": file.read_bytes() for file in files}
+    files = [path] if path.is_file() else [path / name for name in TOKENIZER_FILES]
+    return {f"{TOKENIZER}{file.name}": file.read_bytes() for file in files if file.is_file()}
 
 
 def _stream(config: RunConfig, tokenizer: Tokenizer | None, split: str, num_samples: int) -> SampleStream:
