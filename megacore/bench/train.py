@@ -42,7 +42,9 @@ SHAPE = (
 )
 """A small Llama: large enough that matrix products count, small enough for many steps on a laptop."""
 
-FEATURES = MappingProxyType({"norm": "rmsnorm", "activation": "swiglu", "position": "rope"})
+FEATURES = MappingProxyType(
+    {"norm": "rmsnorm", "norm_placement": "pre", "activation": "swiglu", "position": "rope", "rotary_fraction": 1.0}
+)
 """What the baselines can compute; the rest of the model's keys must be off."""
 
 SAME_LOSS = 0.05
@@ -98,7 +100,8 @@ def configure(overrides: Sequence[str] = ()) -> RunConfig:
     model = config.model
     wrong = [f"model.{key}={getattr(model, key)}" for key, value in FEATURES.items() if getattr(model, key) != value]
     unknown = ("qk_norm", "qkv_bias", "attention_out_bias", "mlp_bias", "sliding_window", "dropout", "num_experts")
-    wrong += [f"model.{key}={getattr(model, key)}" for key in unknown if getattr(model, key)]
+    unknown += ("parallel_residual", "norm_unit_offset", "attention_softcap", "logit_softcap", "scale_embeddings")
+    wrong += [f"model.{key}={getattr(model, key)}" for key in (*unknown, "attention_scale_dim") if getattr(model, key)]
     wrong += [f"model.{key}" for key in ("tie_embeddings", "attention_dropout") if getattr(model, key)]
     wrong += ["model.rope_scaling"] if model.rope_scaling.type != "none" else []
     wrong += [f"precision.dtype={config.precision.dtype}"] if config.precision.dtype != "fp32" else []

@@ -267,6 +267,19 @@ def _precision(config: RunConfig, world_size: int | None) -> Iterator[str]:
         yield f"precision.master={p.master} is for precision.dtype=bf16, not {p.dtype}; leave it out"
 
 
+def _softcap(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    """Smoothed labels give every logit a gradient, which the soft cap's slope multiplies: no logit may be lost on the
+    way to it, and what is kept of one is its exponential against the largest (see `parallel/cross_entropy.py`)."""
+    cap, smoothing, dtype = config.model.logit_softcap, config.train.label_smoothing, config.precision.dtype
+    largest = {"fp64": 354, "fp16": 4}.get(dtype, 43)  # e^(-2 cap) is a normal number
+    if cap > largest and smoothing:
+        yield (
+            f"train.label_smoothing={smoothing} with model.logit_softcap={cap} needs numbers down to e^-{2 * cap:g}, "
+            f"which precision.dtype={dtype} has not; use model.logit_softcap={largest} or less, "
+            f"{'bf16, ' if dtype == 'fp16' and cap <= 43 else ''}or no smoothing"
+        )
+
+
 def _data(config: RunConfig, world_size: int | None) -> Iterator[str]:
     d = config.data
     legal = 1 <= len(d.split) <= 3 and min(d.split) >= 0 and d.split[0] > 0
@@ -357,6 +370,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_clipping, ("optim.clip", "optim.clip_grad")),
     (_param_groups, ("optim.groups",)),
     (_precision, ("precision",)),
+    (_softcap, ("model.logit_softcap", "train.label_smoothing", "precision.dtype")),
     (_data, ("data", "train.eval_every")),
     (_checkpoint, ("checkpoint", "train.eval_every")),
     (_log, ("log.sample_every", "log.sample_prompts", "log.timeline_step", "train.steps")),

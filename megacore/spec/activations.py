@@ -10,9 +10,11 @@ inside the matrices (n, m, f) is divided by tp, what lies outside them by tp und
 | qkv's input (1)                              | h                           | h          | -    |
 | qkv's output, of which v is a view           | (n + 2m) d                  | (n + 2m) d | -    |
 | norms of heads, if any: input and 1 / rms    | (n + m)(d + 1)              | -          | -    |
+| norms over all heads, if any, instead (3)    | 2                           | -          | -    |
 | q, k as rotated or normed, if they are       | (n + m) d                   | -          | -    |
 | attention: log of the sums of exp            | n                           | -          | -    |
 | attention dropout, if any, instead (2)       | 3 n s + 3 n d               | -          | -    |
+| soft cap of scores, if any, instead (2)      | 2 n s + 3 n d               | -          | -    |
 | out's input                                  | n d                         | n d        | -    |
 | dropout's mask, if any                       | h                           | h          | -    |
 | mlp_norm: its input, and as above            | h + 1 (2)                   | h + 1 (2)  | -    |
@@ -23,20 +25,29 @@ inside the matrices (n, m, f) is divided by tp, what lies outside them by tp und
 
 (1) Whole on every rank, gathered, unless ``regather_inputs`` keeps the shard. (2) Masks of our own need the explicit
 path: probabilities, mask and their product, and q, k, v laid out by head (k and v copied for each query head) in place
-of qkv's output and the rotated q, k; and, unless documents, a window or ALiBi bring a mask, one of s^2 bytes.
+of qkv's output and the rotated q, k; and, unless documents, a window or ALiBi bring a mask, one of s^2 bytes. So do
+soft caps, with the bounded scores in place of mask and product, and beside them where there is dropout. In 16-bit runs
+probabilities, all masks and bounded scores have 32 bits, and the probabilities are there in 16 bits, too. (3) Their
+input is a part of qkv's output, which stays for it also where (2) would let it go.
+
+This is the block with norms before its halves. With norms after them, their inputs are what the halves give and the
+matrices' inputs the residual stream: as many numbers. With both, two more norms keep their inputs and statistics. With
+a parallel residual the halves have one input, so that what both keep of it is there once.
 
 With `offload` all of it waits in host memory but tensors below 4 KiB; where units are walked one at a time (ZeRO stages
 2 and 3) the block's input is here, too. What is sent are tensors as they were saved, so that it differs from `none`'s
-bytes: of qkv's output only v, which is a view of it, but attention's output (and relu2's inner one) twice.
+bytes: of qkv's output only v, which is a view of it, but attention's output (and relu2's inner one, and all else that
+two operations keep) twice.
 
 Korthikanti et al. 2022, equations 1, 2 and 4 (s b h (34 + 5 a s / h) bytes for GPT in 16 bits) count another block:
 attention explicit (5 a s / h, which the fused kernel replaces by one number per row and head), masks of one byte (ours
-have the dtype of x), dropout always, f = 4h. Ours adds what they leave out: the norms' statistics, and qkv's output
+have 32 bits), dropout always, f = 4h. Ours adds what they leave out: the norms' statistics, and qkv's output
 beside the rotated q and k.
 """
 
 from dataclasses import dataclass
 
+from megacore.config.resolve import window_of
 from megacore.config.schema import ModelConfig
 
 STATISTIC_BYTES = 4
@@ -53,14 +64,15 @@ def activation_bytes(
     dtype_bytes: int = 2,
     regather_inputs: bool = False,
     by_unit: bool = False,
+    layer: int = 0,
 ) -> int:
-    """Bytes on one of ``tp`` ranks of one microbatch, in one block of a resolved model; see the table above.
+    """Bytes on one of ``tp`` ranks of one microbatch, in block ``layer`` of a resolved model; see the table above.
 
     While a block goes through backward, what recompute made again, or offload brings back, is there too: `none`'s
     bytes, once (with offload those of the block that comes next as well). ``by_unit``: whether stages are walked unit
     by unit. What is offloaded is in host memory (``host_activation_bytes``): on the CPU, in the same one.
     """
-    block = _Block(model, seq_len, micro_batch_size, tp, sequence_parallel, regather_inputs, dtype_bytes)
+    block = _Block(model, seq_len, micro_batch_size, tp, sequence_parallel, regather_inputs, dtype_bytes, layer)
     if recompute == "full" or (recompute == "offload" and by_unit):
         return block.num_outside * model.hidden_size * dtype_bytes
     if recompute == "offload":
@@ -77,9 +89,10 @@ def host_activation_bytes(
     sequence_parallel: bool = False,
     dtype_bytes: int = 2,
     regather_inputs: bool = False,
+    layer: int = 0,
 ) -> int:
     """As ``activation_bytes``: what one block of one microbatch sends to host memory with recompute=offload."""
-    block = _Block(model, seq_len, micro_batch_size, tp, sequence_parallel, regather_inputs, dtype_bytes)
+    block = _Block(model, seq_len, micro_batch_size, tp, sequence_parallel, regather_inputs, dtype_bytes, layer)
     return block.around() + block.sent_core() + block.sent_twice()
 
 
@@ -94,6 +107,7 @@ class _Block:
     sequence_parallel: bool
     regather_inputs: bool
     dtype_bytes: int
+    layer: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -120,11 +134,19 @@ class _Block:
         n, _, d = self.heads
         f = m.ffn_hidden_size // self.tp
         widened = {"swiglu": 2 * f, "geglu": 3 * f}.get(m.activation, f)
-        statistics = 2 * self.statistic_bytes if m.norm == "layernorm" else size
+        statistics = self.statistic_bytes * (2 if m.norm == "layernorm" else 1)
         masks = 2 if m.dropout else 0
-        outside = self.num_outside * ((2 + masks) * m.hidden_size * size + 2 * statistics)
+        num_norms = 4 if m.norm_placement == "both" else 2
+        of_masks = masks * m.hidden_size * self.statistic_bytes
+        outside = self.num_outside * (num_norms * (m.hidden_size * size + statistics) + of_masks)
         inputs = 2 * m.hidden_size * (self.num_outside if self.regather_inputs else self.num_tokens)
-        return outside + (inputs + self.num_tokens * (n * d + widened + f)) * size
+        return outside + (inputs + self.num_tokens * (n * d + widened + f)) * size - self.shared_input()
+
+    def shared_input(self) -> int:
+        """What both halves keep of the one input that a parallel residual gives them; they gather it each."""
+        gathered = self.sequence_parallel and not self.regather_inputs and self.model.norm_placement == "post"
+        shared = self.model.parallel_residual and not gathered
+        return self.num_outside * self.model.hidden_size * self.dtype_bytes if shared else 0
 
     def core_input(self) -> int:
         """The projected queries, keys and values."""
@@ -135,35 +157,55 @@ class _Block:
         """What lies between the projections, keys and values included."""
         model, (n, m, d), size = self.model, self.heads, self.dtype_bytes
         moved = model.qk_norm or model.position == "rope"
-        normed = self.normed()
-        if not model.attention_dropout:
+        across = model.qk_norm and model.qk_norm_over == "all"
+        normed = self.num_tokens * 2 * self.statistic_bytes if across else self.normed()
+        if not self.explicit:
             turned = self.num_tokens * (n + m) * d * size if moved else 0
             return normed + self.core_input() + turned + self.num_tokens * n * self.statistic_bytes
         # batched products copy q by head; of a single sample they take it as it lies, with what lies beside it
         queries = n if self.micro_batch_size > 1 else n + m if moved else n + 2 * m
-        per_token = 3 * n * self.seq_len + (queries + 2 * n) * d
-        return normed + self.num_tokens * per_token * size + self.causal_bytes
+        kept = self.core_input() if across else 0
+        copies = self.num_tokens * (queries + 2 * n) * d * size
+        return normed + kept + copies + self.scores(self.probabilities_bytes) + self.causal_bytes
+
+    @property
+    def explicit(self) -> bool:
+        """Whether attention's scores are made one by one."""
+        return bool(self.model.attention_dropout or self.model.attention_softcap)
+
+    @property
+    def probabilities_bytes(self) -> int:
+        """What the product with the values keeps of one probability that is not kept anyhow."""
+        return self.dtype_bytes if self.model.attention_dropout or self.dtype_bytes < STATISTIC_BYTES else 0
+
+    def scores(self, of_product: int) -> int:
+        """What the explicit path keeps of all scores, with ``of_product`` bytes of each for the product."""
+        wide = 1 + bool(self.model.attention_softcap) + bool(self.model.attention_dropout)
+        return self.num_tokens * self.heads[0] * self.seq_len * (wide * self.statistic_bytes + of_product)
 
     def sent_core(self) -> int:
         """The core's tensors one by one, not what they are views of."""
         n, m, d = self.heads
         size, normed = self.dtype_bytes, self.normed()
-        if self.model.attention_dropout:
-            return normed + self.num_tokens * (3 * n * self.seq_len + 3 * n * d) * size + self.causal_bytes
+        if self.explicit:
+            return normed + self.num_tokens * 3 * n * d * size + self.scores(size) + self.causal_bytes
         return normed + self.num_tokens * ((n + 2 * m + n) * d * size + n * self.statistic_bytes)
 
     def sent_twice(self) -> int:
         """What two operations save each for itself, one of them counted elsewhere."""
         twice = self.model.ffn_hidden_size // self.tp if self.model.activation == "relu2" else 0
-        return self.num_tokens * twice * self.dtype_bytes
+        return self.num_tokens * twice * self.dtype_bytes + self.shared_input()
 
     def normed(self) -> int:
         """Inputs and statistics of norms of heads."""
+        if not self.model.qk_norm:
+            return 0
         n, m, d = self.heads
-        return self.num_tokens * (n + m) * (d + 1) * self.dtype_bytes if self.model.qk_norm else 0
+        num_norms = 2 if self.model.qk_norm_over == "all" else n + m
+        return self.num_tokens * ((n + m) * d * self.dtype_bytes + num_norms * self.statistic_bytes)
 
     @property
     def causal_bytes(self) -> int:
         """The mask that the explicit path makes where there is no other."""
-        m = self.model
-        return 0 if m.position == "alibi" or 0 < m.sliding_window < self.seq_len else self.seq_len**2
+        masked = self.model.position == "alibi" or 0 < window_of(self.model, self.layer) < self.seq_len
+        return 0 if masked else self.seq_len**2

@@ -9,7 +9,8 @@ from dataclasses import replace
 from math import lcm
 
 from megacore.config.pipeline import num_chunks
-from megacore.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig
+from megacore.config.resolve import rotary_dims
+from megacore.config.schema import DataConfig, ModelConfig, ParallelConfig, RopeScaling, RunConfig
 
 HIDDEN, FFN, VOCAB, SEQ_LEN, HEAD_DIM, MICRO_BATCH = 24, 30, 96, 16, 4, 2
 """The twin's sizes, before remainders. The width is never split, so it needs none."""
@@ -44,14 +45,15 @@ def shrunk(run: RunConfig, layout: ParallelConfig, layouts: Sequence[ParallelCon
         ffn_hidden_size=like(m.ffn_hidden_size, every, FFN),
         num_heads=m.num_heads // m.num_kv_heads * num_kv_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=min(HEAD_DIM - m.head_dim % 2, m.head_dim),
+        head_dim=_head_dim(m),
         vocab_size=like(m.vocab_size, every, VOCAB),
         max_positions=seq_len + min(3, max(0, m.max_positions - t.seq_len)),
         sliding_window=_scaled(m.sliding_window, t.seq_len, seq_len),
-        rope_scaling=replace(
-            m.rope_scaling, original_seq_len=_scaled(m.rope_scaling.original_seq_len, t.seq_len, seq_len)
-        ),
+        # both kinds of layers, if there are both, are among the first two
+        full_attention_every=min(2, m.full_attention_every),
+        sliding_window_from=min(1, m.sliding_window_from) if m.sliding_window_from < m.num_layers else m.num_layers,
     )
+    model = replace(model, rope_scaling=_rope_scaling(m.rope_scaling, t.seq_len, model, seq_len))
     return replace(run, model=model, train=train, data=data)
 
 
@@ -76,6 +78,30 @@ def _kv_heads(model: ModelConfig, tps: Iterable[int]) -> int:
         return (kv % tp == 0, tp % kv == 0, kv * ratio % tp) == (splits, copies, 0)
 
     return next(kv for kv in range(1, model.num_kv_heads + 1) if all(same(kv, tp) for tp in tps))
+
+
+def _head_dim(model: ModelConfig) -> int:
+    """The narrowest head, as even or odd as the model's, of which RoPE rotates some pairs and keeps others alike."""
+
+    def same(dim: int) -> bool:
+        turned = rotary_dims(replace(model, head_dim=dim))
+        all_turn = (turned == dim) == (rotary_dims(model) == model.head_dim)
+        least = 4 if model.rope_scaling.type == "ntk" else 2
+        return all_turn and (model.position != "rope" or (turned >= least and turned % 2 == 0))
+
+    least = min(HEAD_DIM - model.head_dim % 2, model.head_dim)
+    return next(dim for dim in range(least, model.head_dim + 1, 2) if same(dim))
+
+
+def _rope_scaling(scaling: RopeScaling, seq_len: int, twin: ModelConfig, new_seq_len: int) -> RopeScaling:
+    """The scaling, for the twin's heads and samples."""
+    pairs, original = rotary_dims(twin) // 2, _scaled(scaling.original_seq_len, seq_len, new_seq_len)
+    return replace(
+        scaling,
+        original_seq_len=max(2, original) if scaling.type == "longrope" else original,
+        short_factor=scaling.short_factor[:pairs],
+        long_factor=scaling.long_factor[:pairs],
+    )
 
 
 def _scaled(length: int, seq_len: int, new_seq_len: int) -> int:

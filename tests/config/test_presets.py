@@ -4,7 +4,7 @@ import pytest
 
 from megacore.config.load import load
 from megacore.config.presets import preset_names, preset_path
-from megacore.config.resolve import resolve
+from megacore.config.resolve import resolve, window_of
 from megacore.spec import ModelSpec
 
 # Sums over the published checkpoints' tensors; tied matrices count once.
@@ -17,6 +17,11 @@ PUBLISHED = {
     "qwen3-8b": 8_190_735_360,
     "qwen3-32b": 32_762_123_264,
     "mistral-7b": 7_241_732_096,
+    "qwen2.5-7b": 7_615_616_512,
+    "pythia-1b": 1_011_781_632,
+    "olmo2-7b": 7_298_617_344,
+    "phi3-mini": 3_821_079_552,
+    "gemma2-9b": 9_241_705_984,
 }
 
 
@@ -26,15 +31,14 @@ def counted_by_hand(m):
     query, kv = m.num_heads * d, m.num_kv_heads * d
     norm = h * (2 if m.norm == "layernorm" else 1)
     attention = h * (query + 2 * kv) + query * h
-    attention += (
-        (query + 2 * kv if m.qkv_bias else 0) + (h if m.attention_out_bias else 0) + (2 * d if m.qk_norm else 0)
-    )
+    attention += (query + 2 * kv if m.qkv_bias else 0) + (h if m.attention_out_bias else 0)
+    attention += (query + kv if m.qk_norm_over == "all" else 2 * d) if m.qk_norm else 0
     gated = m.activation in ("swiglu", "geglu")
     mlp = h * f * (3 if gated else 2)
     mlp += (f * (2 if gated else 1) + h) if m.mlp_bias else 0
     embeddings = m.vocab_size * h * (1 if m.tie_embeddings else 2)
     embeddings += m.max_positions * h if m.position == "learned" else 0
-    return embeddings + m.num_layers * (attention + mlp + 2 * norm) + norm
+    return embeddings + m.num_layers * (attention + mlp + (4 if m.norm_placement == "both" else 2) * norm) + norm
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -64,4 +68,10 @@ def test_details_that_no_count_shows():
     assert (scaling.type, scaling.factor, scaling.original_seq_len) == ("llama3", 8.0, 8192)
     assert (scaling.low_freq_factor, scaling.high_freq_factor) == (1.0, 4.0)
     assert models["mistral-7b"].sliding_window == 4096
+    assert (models["phi3-mini"].sliding_window, models["olmo2-7b"].rope_theta) == (2047, 5e5)
+    assert (models["qwen2.5-7b"].rope_theta, models["qwen2.5-7b"].norm_eps) == (1e6, 1e-6)
+    assert models["pythia-1b"].parallel_residual and models["pythia-1b"].rotary_fraction == 0.25
+    gemma2 = models["gemma2-9b"]
+    assert (gemma2.attention_softcap, gemma2.logit_softcap, gemma2.attention_scale_dim) == (50.0, 30.0, 256)
+    assert [window_of(gemma2, layer) for layer in (0, 1, 40, 41)] == [4096, 0, 4096, 0]
     assert models["gpt2-124m"].max_positions == 1024

@@ -54,6 +54,47 @@ BROKEN = [
         1,
         "train.batch_ramp=[1, 1, 10] changes the number of microbatches",
     ),
+    (
+        ["model.rotary_fraction=0.26"],
+        1,
+        "turns 33 of model.head_dim=128 dims, but model.position=rope turns pairs; use 0.25",
+    ),
+    (["model.rotary_fraction=0.001"], 1, "turns 0 of model.head_dim=128 dims"),
+    (["model.rotary_fraction=0.5", "model.position=alibi"], 1, "model.rotary_fraction=0.5 needs model.position=rope"),
+    (["model.norm_unit_offset=true", "model.norm=layernorm"], 1, "is for model.norm=rmsnorm, not layernorm"),
+    (["model.qk_norm_over=all"], 1, "model.qk_norm_over=all needs model.qk_norm=true"),
+    (["model.rope_scaling.long_factor=[2]"], 1, "model.rope_scaling.long_factor is for type=longrope, not none"),
+    (
+        ["model.rope_scaling.type=longrope", "model.rope_scaling.short_factor=[1.0,1.0]", "model.rotary_fraction=0.5"],
+        1,
+        "model.rope_scaling.short_factor has 2 numbers; type=longrope needs 32",
+    ),
+    (
+        ["model.rope_scaling.type=longrope"],
+        1,
+        "model.rope_scaling.original_seq_len is missing, which type=longrope needs",
+    ),
+    (
+        ["model.rope_scaling.type=longrope", "model.head_dim=4", "model.rope_scaling.long_factor=[1.0,-1.0]"],
+        1,
+        "model.rope_scaling.long_factor holds -1.0; all of its numbers must be more than 0",
+    ),
+    (
+        ["model.rope_scaling.type=longrope", "model.rope_scaling.original_seq_len=1"],
+        1,
+        "model.rope_scaling.original_seq_len=1 is too short",
+    ),
+    (
+        ["model.logit_softcap=30", "train.label_smoothing=0.1", "precision.dtype=fp16"],
+        1,
+        "train.label_smoothing=0.1 with model.logit_softcap=30.0 needs numbers down to e^-60, which "
+        "precision.dtype=fp16 has not; use model.logit_softcap=4 or less, bf16, or no smoothing",
+    ),
+    (
+        ["model.logit_softcap=50", "train.label_smoothing=0.1"],
+        1,
+        "precision.dtype=fp32 has not; use model.logit_softcap=43 or less, or no smoothing",
+    ),
     (["log.timeline_step=101"], 1, "log.timeline_step=101 comes after the last step, train.steps=100; use at most 100"),
     (
         ["log.timeline_step=3", "parallel.zero=2", "train.global_batch_size=4"],

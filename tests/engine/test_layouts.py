@@ -39,6 +39,38 @@ MODELS = {
     ),
     "fewer rows than ranks": ("model.vocab_size=3", "model.tie_embeddings=true", "model.activation=geglu"),
 }
+FAMILIES = {
+    "neox": ("model.family=gpt-neox", "model.head_dim=8", "model.dropout=0.1"),
+    "olmo2, fewer kv heads than ranks": ("model.family=olmo2", "model.num_kv_heads=1", "model.dropout=0.1"),
+    "gemma2": (
+        "model.family=gemma2",
+        "model.sliding_window=5",
+        "model.attention_softcap=1.5",
+        "model.logit_softcap=6",
+        "model.attention_dropout=0.1",
+        "train.label_smoothing=0.1",
+        "train.z_loss=0.01",
+    ),
+    "phi3": (
+        "model.family=phi3",
+        "model.head_dim=8",
+        "model.rotary_fraction=0.75",
+        "model.sliding_window=9",
+        "model.sliding_window_from=1",
+        "data.reset_positions=true",
+        "model.rope_scaling.type=longrope",
+        "model.rope_scaling.factor=4",
+        "model.rope_scaling.original_seq_len=12",
+        "model.rope_scaling.short_factor=[1.0, 1.1, 1.3]",
+        "model.rope_scaling.long_factor=[1.5, 2.5, 5.0]",
+    ),
+}
+FAMILY_LAYOUTS = {
+    "tp2 sequence, full recompute": (*LAYOUTS["tp2 sequence"], "parallel.recompute=full"),
+    "tp2 pp2, selective recompute": (4, "parallel.tp=2", "parallel.pp=2", "parallel.recompute=selective"),
+    "tp4 sequence": LAYOUTS["tp4 sequence"],
+    "pp2 dp2 zb-h1 zero2": (4, "parallel.pp=2", "parallel.schedule=zb-h1", "parallel.zero=2"),
+}
 
 
 WIDE = {"tp2 dp4": (8, "parallel.tp=2"), "tp4 dp2 sequence": (8, "parallel.tp=4", "parallel.sequence_parallel=true")}
@@ -74,6 +106,16 @@ def test_gradients_are_those_of_one_process(
     assert norm == pytest.approx(expected_norm, rel=1e-12)
     difference, where = worst_difference(ours, expected)
     assert difference < 1e-10, where
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_blocks_of_other_families(pool: WorkerPool, model: str) -> None:
+    expected_loss, expected_norm, expected = gradients(pool, 1, *FAMILIES[model])
+    for layout, (world_size, *overrides) in FAMILY_LAYOUTS.items():
+        loss, norm, ours = gradients(pool, world_size, *FAMILIES[model], *overrides)
+        assert (loss, norm) == (pytest.approx(expected_loss, rel=1e-12), pytest.approx(expected_norm, rel=1e-12))
+        difference, where = worst_difference(ours, expected)
+        assert difference < 1e-10, (layout, where)
 
 
 @pytest.mark.parametrize("layout", WIDE)

@@ -29,6 +29,16 @@ MODELS = {
     ),
     "alibi": replace(TINY, position="alibi", activation="relu2", attention_dropout=0.2),
     "window": replace(TINY, sliding_window=5, activation="geglu"),
+    "neox": replace(
+        TINY, norm="layernorm", activation="gelu-erf", parallel_residual=True, rotary_fraction=0.4, num_kv_heads=4,
+        qkv_bias=True, attention_out_bias=True, mlp_bias=True, dropout=0.1,
+    ),
+    "olmo2": replace(TINY, norm_placement="post", qk_norm=True, qk_norm_over="all", dropout=0.1),
+    "gemma2": replace(
+        TINY, norm_placement="both", norm_unit_offset=True, activation="geglu", tie_embeddings=True, dropout=0.1,
+        attention_softcap=2.0, logit_softcap=3.0, scale_embeddings=True, sliding_window=5, full_attention_every=2,
+    ),
+    "norms behind, parallel": replace(DROPPING, norm_placement="post", parallel_residual=True),
     "all at once": replace(DROPPING, qk_norm=True, sliding_window=7, tie_embeddings=True),
 }  # fmt: skip
 

@@ -36,20 +36,22 @@ def labels(size: int) -> Tensor:
     return label_t
 
 
-def expected(x_th: Tensor, weight_vh: Tensor, smoothing: float) -> tuple[Tensor, ...]:
+def expected(x_th: Tensor, weight_vh: Tensor, smoothing: float, softcap: float = 0.0) -> tuple[Tensor, ...]:
     """Loss and z per token, and the gradients of x and the weight, by torch."""
     x_th, weight_vh = x_th.clone().requires_grad_(), weight_vh.clone().requires_grad_()
     logits_tv, label_t = x_th @ weight_vh.t(), labels(len(weight_vh))
+    if softcap:
+        logits_tv = softcap * torch.tanh(logits_tv / softcap)
     loss_t = F.cross_entropy(logits_tv, label_t, reduction="none", label_smoothing=smoothing, ignore_index=IGNORE)
     z_t = logits_tv.logsumexp(1).square() * (label_t != IGNORE)
     grads = torch.autograd.grad(((loss_t + Z_WEIGHT * z_t) * numbers(2, TOKENS)).sum(), (x_th, weight_vh))
     return loss_t.detach(), z_t.detach(), *grads
 
 
-def compare(rank: int, world: int, size: int, smoothing: float, spread: float) -> None:
+def compare(rank: int, world: int, size: int, smoothing: float, spread: float, softcap: float = 0.0) -> None:
     """With and without sequence parallelism and a gradient buffer that is there already; two microbatches."""
     whole_th, whole_vh = spread * numbers(1, TOKENS, HIDDEN), numbers(4, size, HIDDEN)
-    loss_t, z_t, grad_th, grad_vh = expected(whole_th, whole_vh, smoothing)
+    loss_t, z_t, grad_th, grad_vh = expected(whole_th, whole_vh, smoothing, softcap)
     for sequence, regather, preset in product((False, True), repeat=3):
         tp = surroundings(rank, world, sequence, regather)
         spec, vocab = vocabulary(size, tp)
@@ -60,7 +62,7 @@ def compare(rank: int, world: int, size: int, smoothing: float, spread: float) -
         what = f"{tp} preset {preset}"
         for microbatch in (1, 2):
             x_th = own_tokens(whole_th, tp).requires_grad_()
-            got_t, got_z_t = linear_cross_entropy(x_th, weight_vh, labels(size), vocab, tp, smoothing)
+            got_t, got_z_t = linear_cross_entropy(x_th, weight_vh, labels(size), vocab, tp, smoothing, softcap)
             close(got_t, loss_t, f"{what}: loss")
             close(got_z_t, z_t, f"{what}: z")
             ((got_t + Z_WEIGHT * got_z_t) * numbers(2, TOKENS)).sum().backward()
@@ -72,6 +74,34 @@ def compare(rank: int, world: int, size: int, smoothing: float, spread: float) -
 @pytest.mark.parametrize(("world", "size"), [(1, 1003), (2, 1003), (4, 1003), (2, 5), (4, 5), (4, 3), (1, 1), (2, 1)])
 def test_loss_z_and_gradients_are_those_of_the_whole(pool: WorkerPool, world: int, size: int, smoothing: float) -> None:
     pool.run(compare, world, world, size, smoothing, 1.0)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+@pytest.mark.parametrize(("world", "size"), [(1, 1003), (2, 1003), (4, 3)])
+def test_bounded_logits(pool: WorkerPool, world: int, size: int, softcap: float) -> None:
+    for smoothing in (0.0, 0.1):
+        pool.run(compare, world, world, size, smoothing, 10.0, softcap)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_targets_far_below_the_largest_logit_keep_their_slope(dtype: torch.dtype) -> None:
+    """Where the exponential of the target's logit underflows in 16 bits, too; soft caps as Gemma-2 has them."""
+    tp = TensorParallel.single()
+    _, vocab = vocabulary(9, tp)
+    x_th = torch.zeros(TOKENS, HIDDEN, dtype=dtype)
+    x_th[:, 0] = 1
+    weight_vh = torch.zeros(9, HIDDEN, dtype=dtype)
+    weight_vh[:, 0] = torch.linspace(-20, 20, 9)  # the largest is 40 above the least
+    label_t = torch.zeros(TOKENS, dtype=torch.long)
+    x_th, weight_vh = x_th.requires_grad_(), weight_vh.requires_grad_()
+    loss_t, _ = linear_cross_entropy(x_th, weight_vh, label_t, vocab, tp, 0.0, 30.0)
+    (grad_vh,) = torch.autograd.grad(loss_t.sum(), weight_vh)
+    wide = weight_vh.detach().double().requires_grad_()
+    logits_tv = 30 * torch.tanh(x_th.detach().double() @ wide.t() / 30)
+    (want_vh,) = torch.autograd.grad(F.cross_entropy(logits_tv, label_t, reduction="sum"), wide)
+    assert want_vh[0, 0] < -10  # the target's own
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    torch.testing.assert_close(grad_vh.double(), want_vh, rtol=tolerance, atol=tolerance)
 
 
 def overflow(rank: int, world: int) -> None:

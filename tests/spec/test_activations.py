@@ -1,6 +1,7 @@
 """The bytes that a block keeps, by the table against what torch allocates."""
 
 from dataclasses import replace
+from itertools import product
 from typing import cast
 
 import pytest
@@ -26,13 +27,27 @@ MODELS = {
     "gpt2": replace(TINY, norm="layernorm", activation="gelu", position="learned", mlp_bias=True, dropout=0.1),
     "alibi": replace(TINY, position="alibi", activation="relu2"),
     "window": replace(TINY, sliding_window=5, activation="geglu"),
+    "neox": replace(
+        TINY, norm="layernorm", activation="gelu-erf", parallel_residual=True, rotary_fraction=0.4, mlp_bias=True
+    ),
+    "olmo2": replace(TINY, norm_placement="post", qk_norm=True, qk_norm_over="all", dropout=0.1),
+    "no positions, heads normed at once": replace(TINY, qk_norm=True, qk_norm_over="all", position="none"),
+    "both norms, parallel": replace(TINY, norm_placement="both", parallel_residual=True, norm_unit_offset=True),
+    "norms behind, parallel": replace(TINY, norm_placement="post", parallel_residual=True, dropout=0.1),
 }
+GEMMA2 = replace(
+    TINY, norm_placement="both", norm_unit_offset=True, activation="geglu", tie_embeddings=True, attention_softcap=2.0,
+    logit_softcap=3.0, scale_embeddings=True, sliding_window=5, full_attention_every=2,
+)  # fmt: skip
 DROPPING = {
     "llama": replace(TINY, attention_dropout=0.1, dropout=0.1),
     "normed heads": replace(TINY, attention_dropout=0.1, qk_norm=True, position="none"),
     "no positions": replace(TINY, attention_dropout=0.1, position="none", num_kv_heads=4),
     "window": replace(TINY, attention_dropout=0.1, sliding_window=5),
     "alibi": replace(TINY, attention_dropout=0.1, position="alibi"),
+    "heads normed at once": replace(TINY, attention_dropout=0.1, qk_norm=True, qk_norm_over="all"),
+    "gemma2": GEMMA2,
+    "gemma2 with dropout": replace(GEMMA2, attention_dropout=0.1, position="none"),
 }
 
 
@@ -47,6 +62,11 @@ def kept(
         return allocated(lambda: stage(inputs))[0]
 
     return (of_stage(3) - of_stage(1)) / 2
+
+
+def scalars(model: ModelConfig) -> int:
+    """Bytes of the factors on a block's scores, which torch keeps as tensors."""
+    return 16 if model.attention_softcap else 8 if model.attention_dropout else 0
 
 
 @pytest.fixture
@@ -70,13 +90,14 @@ def test_what_is_offloaded_leaves_nothing_behind(sent: list[int], name: str, siz
     """All that torch allocates for backward are the copies, which on the CPU are in the same memory."""
     given = MODELS[name] if name in MODELS else DROPPING[name.removesuffix(", dropout")]
     model = resolve_model(given, LENGTH)
-    expected = host_activation_bytes(model, LENGTH, size, dtype_bytes=8)
-    scalar = 8 if model.attention_dropout else 0  # the factor on the scores, as torch keeps it
+    first, second, third = (
+        host_activation_bytes(model, LENGTH, size, dtype_bytes=8, layer=layer) for layer in range(3)
+    )
     assert activation_bytes(model, LENGTH, size, recompute="offload", dtype_bytes=8) == 0
-    assert kept(model, torch.float64, size, "offload", False) == expected + scalar
+    assert kept(model, torch.float64, size, "offload", False) == (second + third) / 2 + scalars(model)
     sent.clear()
     stage_of(replace(model, num_layers=2), torch.float64, None, "offload", last=False)(microbatch(model, 0, size))
-    assert sum(sent) == 2 * expected
+    assert sum(sent) == first + second
 
 
 def test_units_keep_their_inputs() -> None:
@@ -98,10 +119,12 @@ def test_every_byte_is_accounted_for(name: str, recompute: str) -> None:
 @pytest.mark.parametrize("name", DROPPING)
 def test_the_explicit_path_of_attention(name: str, size: int) -> None:
     model = resolve_model(DROPPING[name], LENGTH)
-    for recompute in MODES:
-        expected = activation_bytes(model, LENGTH, size, recompute=recompute, dtype_bytes=4)
-        scalar = 8  # the factor on the scores, as torch keeps it
-        assert kept(model, torch.float32, size, recompute, False) == expected + scalar
+    for recompute, dtype in product(MODES, (torch.float32, torch.bfloat16)):
+        of_layers = [
+            activation_bytes(model, LENGTH, size, recompute=recompute, dtype_bytes=dtype.itemsize, layer=layer)
+            for layer in (1, 2)
+        ]
+        assert kept(model, dtype, size, recompute, False) == sum(of_layers) / 2 + scalars(model), (recompute, dtype)
 
 
 class Echo:
@@ -122,7 +145,7 @@ class Echo:
 
 
 @pytest.mark.parametrize("recompute", MODES)
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "olmo2", "norms behind, parallel"])
 def test_what_a_rank_of_two_keeps(monkeypatch: pytest.MonkeyPatch, name: str, recompute: str) -> None:
     monkeypatch.setattr(collectives, "_backend", lambda group: Echo)
     group = Group("tp", (0, 1), 0, cast(ProcessGroup, object()))
@@ -141,16 +164,16 @@ def test_against_the_published_formula() -> None:
     )  # fmt: skip
     model, s, b, h = resolve_model(gpt3, 2048), 2048, 1, 12288
     tokens = s * b
-    one_byte_masks = 2 * tokens * h  # theirs take one byte, ours two
+    wider_masks = 2 * 3 * tokens * h  # theirs take one byte, ours four
     statistics = 4 * tokens * 4
     for recompute, logarithms in (("none", 96 * tokens * 4), ("selective", 0)):
         ours = activation_bytes(model, s, b, recompute=recompute)
-        assert ours == 34 * tokens * h + one_byte_masks + statistics + logarithms
+        assert ours == 34 * tokens * h + wider_masks + statistics + logarithms
     assert activation_bytes(model, s, b, recompute="full") == 2 * tokens * h
     with_tp = activation_bytes(model, s, b, tp=8, recompute="selective")
-    assert with_tp == tokens * h * (10 + 24 // 8) + one_byte_masks + statistics
+    assert with_tp == tokens * h * (10 + 24 // 8) + wider_masks + statistics
     split = activation_bytes(model, s, b, 8, True, "selective", regather_inputs=True)
-    assert split == (34 * tokens * h + one_byte_masks + statistics) / 8
+    assert split == (34 * tokens * h + wider_masks + statistics) / 8
 
 
 def test_less_is_kept_step_by_step() -> None:

@@ -14,7 +14,12 @@ from megacore.model.stage import Loss, Objective, Stage
 from megacore.parallel.parameters import ParameterMaker
 from megacore.parallel.tensor import TensorParallel
 from megacore.spec import ModelSpec
-from megacore.spec.flops import forward_flops_per_token, train_flops_per_token
+from megacore.spec.flops import (
+    block_flops_per_token,
+    forward_flops_per_token,
+    train_flops_per_token,
+    unit_flops_per_token,
+)
 
 BATCH, LENGTH = 2, 12
 TINY = ModelConfig(num_layers=2, hidden_size=16, num_heads=4, num_kv_heads=2, head_dim=6, vocab_size=37)
@@ -22,6 +27,7 @@ MODELS = (
     TINY,
     replace(TINY, tie_embeddings=True, qk_norm=True),
     replace(TINY, norm="layernorm", activation="gelu", position="learned", qkv_bias=True, mlp_bias=True),
+    replace(TINY, norm_placement="both", parallel_residual=True, attention_softcap=2.0, logit_softcap=3.0),
 )
 
 
@@ -64,6 +70,21 @@ def test_a_sliding_window_is_charged_for_the_pairs_it_shows(window: int) -> None
     products = 2 * spec.num_matmul_params
     expected = 4 * TINY.num_layers * TINY.num_heads * TINY.head_dim * visible
     assert forward_flops_per_token(spec, LENGTH) - products == pytest.approx(expected)
+
+
+def test_layers_that_see_everything_are_charged_for_it() -> None:
+    model = resolve_model(replace(TINY, num_layers=5, sliding_window=3), LENGTH)
+    window, full = (
+        forward_flops_per_token(ModelSpec.of(replace(model, sliding_window=wide)), LENGTH) for wide in (3, 0)
+    )
+    for more, num_full in (({"full_attention_every": 2}, 2), ({"sliding_window_from": 3}, 3)):
+        spec = ModelSpec.of(replace(model, **more))
+        expected = (num_full * full + (5 - num_full) * window) / 5
+        assert forward_flops_per_token(spec, LENGTH) == pytest.approx(expected)
+        units = unit_flops_per_token(spec, LENGTH)
+        blocks = [block_flops_per_token(spec, LENGTH, layer) for layer in range(5)]
+        assert sum(blocks) + units.head == pytest.approx(expected)
+        assert len(set(blocks)) == 2 and units.block == pytest.approx(sum(blocks) / 5)
 
 
 def test_a_window_beyond_the_sample_changes_nothing() -> None:
