@@ -30,6 +30,7 @@ def write_run_file(shop: Workshop, corpus: Corpus, tokenizer: Tokenizer, prefix:
         train=replace(base.train, steps=steps, device="cpu", eval_every=3 * shown, eval_steps=4),
         optim=replace(base.optim, warmup_steps=min(base.optim.warmup_steps, steps // 4)),
         data=replace(base.data, blend=((1.0, str(prefix)),), split=(96.0, 4.0, 0.0), tokenizer=tokenizer.spec),
+        checkpoint=replace(base.checkpoint, save_every=max(1, steps // 3), keep=2),
         log=replace(
             base.log,
             every=max(1, steps // 200),

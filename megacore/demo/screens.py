@@ -22,6 +22,8 @@ MADE = (
     ("run.toml", "the run: model, layout, training; change and train again"),
     ("metrics.jsonl, events.jsonl", "every figure, and what happened"),
     ("timeline.json", "one step of all ranks, for ui.perfetto.dev"),
+    ("checkpoints", "all state: killed, the run goes on from the last one, on any layout"),
+    ("hf", "the model with its tokenizer, for transformers"),
     ("log.txt, config.toml", "the console, and the resolved run"),
 )
 
@@ -33,7 +35,7 @@ def welcome(shop: Workshop) -> None:
     shop.console.box(
         "megacore demo",
         [
-            f"{what} → tokenizer → dataset → training → text that the model writes",
+            f"{what} → tokenizer → dataset → training → text → a Hugging Face model",
             "tensor parallel 2 × pipeline parallel 2: four processes on this machine's CPU",
             f"everything goes to {shop.out}",
         ],
@@ -84,8 +86,9 @@ def samples(shop: Workshop) -> None:
                 _sample(shop, sample["prompt"], sample["text"], "green" if step == steps[-1] else "yellow")
 
 
-def goodbye(shop: Workshop, command: str) -> None:
-    """What was made, where it lies, what to try next; `command` is how the user calls megacore from here."""
+def goodbye(shop: Workshop, command: str, steps: int) -> None:
+    """What was made, where it lies, what to try next; `command` is how the user calls megacore from here, `steps` how
+    long the model was trained."""
     console, out = shop.console, shop.out
     shop.title(f"Done in {human_time(shop.phases.total())}")
     for line in phase_lines(shop.phases, console.paint)[:-1]:
@@ -99,6 +102,12 @@ def goodbye(shop: Workshop, command: str) -> None:
     other_text = Path(sysconfig.get_path("stdlib")) / "asyncio"
     for why, what in (
         ("the same on one process: compare its losses", f"{run} parallel.tp=1 parallel.pp=1 out={out}-one"),
+        (
+            "go on from its checkpoint, in another layout",
+            f"{run} checkpoint.resume={out} train.steps={steps + steps // 2} parallel.tp=1 parallel.zero=2 "
+            f"parallel.pp=1 out={out}-more --nproc 2",
+        ),
+        ("what is in the checkpoint", f"{command} inspect {out}"),
         ("another schedule", f"{run} parallel.schedule=zb-v out={out}-zb-v"),
         ("what schedules cost", f"{command} schedule zb-h1 --stages 4 --microbatches 8"),
         ("a wider model", f"{run} model.hidden_size=256 model.num_heads=8 out={out}-wide"),

@@ -2,6 +2,7 @@
 
 from megacore.demo import screens
 from megacore.demo.dataset import make_dataset
+from megacore.demo.huggingface import to_huggingface
 from megacore.demo.run_file import write_run_file
 from megacore.demo.text import gather
 from megacore.demo.tokenizer import learn_tokenizer
@@ -34,5 +35,7 @@ def run_tour(options: Options, console: Console, launcher: Launcher) -> int:
         screens.pipeline(shop)
         screens.loss(shop, config)
     screens.samples(shop)
-    screens.goodbye(shop, launcher.command)
+    with time("export"):
+        to_huggingface(shop)
+    screens.goodbye(shop, launcher.command, config.train.steps)
     return 0

@@ -26,8 +26,14 @@ def train(shop: Workshop, launcher: Launcher) -> int:
     if _finished(shop.out) and shop.unchanged("training", inputs, shop.out / METRICS):
         shop.console.line("  this very model is trained already: its results follow; --fresh makes everything anew")
         return 0
-    shop.console.line(shop.console.paint(f"$ {launcher.command} train {shop.run_file}", "bold"))
-    code = launcher.train([str(shop.run_file)])
+    words = [str(shop.run_file)]
+    if shop.stamps.current("training begun", inputs) and not _finished(shop.out):
+        shop.console.line("  this very model was being trained: it goes on from its last checkpoint")
+    else:
+        words.append("checkpoint.resume=never")
+    shop.stamps.done("training begun", inputs)
+    shop.console.line(shop.console.paint(f"$ {launcher.command} train {' '.join(words)}", "bold"))
+    code = launcher.train(words)
     if code == 0:
         shop.stamps.done("training", inputs)
     return code

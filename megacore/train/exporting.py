@@ -5,6 +5,7 @@ from pathlib import Path
 from threading import Thread
 
 from megacore.checkpoint.find import folder_of
+from megacore.checkpoint.hf.export import export
 from megacore.checkpoint.read import Checkpoint
 from megacore.checkpoint.retain import Retention
 from megacore.checkpoint.store import Store
@@ -49,8 +50,6 @@ class Exporter:
     def _work(self, step: int) -> None:
         folder, problem = self.target / folder_of(step), ""
         try:
-            from megacore.checkpoint.hf.export import export
-
             export(Checkpoint.of(self.store.child(folder_of(step))), str(folder), dtype=self.dtype, force=True)
         except Exception as error:  # training goes on, and says what happened
             problem = f"{type(error).__name__}: {error}"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megacore.checkpoint.find import ASIDE, CHECKPOINTS, LATEST, folder_of, steps_in
 from megacore.checkpoint.manifest import MANIFEST, TRAINING
+from megacore.checkpoint.opening import open_weights
 from megacore.checkpoint.read import Checkpoint
-from megacore.checkpoint.retain import VAL_LOSS, Retention
+from megacore.checkpoint.retain import VAL_LOSS, Retention, remove_unfinished
 from megacore.checkpoint.save import Facts, Outcome, Saver
 from megacore.checkpoint.store import Store, open_store
 from megacore.config.changes import SAFE, Change, changes, model_problems, refuse
@@ -27,6 +30,10 @@ if TYPE_CHECKING:
     from megacore.train.build import Built
     from megacore.train.data import RunData
     from megacore.train.reporter import Reporter
+
+
+CLOSING_S = 60.0
+"""How long a run that fails may wait for a save that is under way."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ class Keeper:
     def __init__(self, built: Built, failpoints: Failpoints) -> None:
         self.config, self.world, self.built = built.config, built.mesh.world, built
         self.rank = built.mesh.rank
+        self.failpoints = failpoints
         self.store = open_store(checkpoints_of(self.config), failpoints.notice)
         self.state = State(built)
         self.saver: Saver | None = None
@@ -79,19 +87,18 @@ class Keeper:
             return None
         where = self.store if resume == "auto" else open_store(resume)
         rejected: list[str] = []
-        for folder in self._candidates(where):
+        folders, were_there = self._candidates(where)
+        for folder in folders:
             taken = self._take_up(folder)
             if isinstance(taken, str):
                 rejected.append(taken)
                 continue
             own = _place(folder).parent == _place(self.store)
-            if own:
-                self._put_aside(taken.manifest.step)
+            self._put_aside(taken.manifest.step if own else 0)
             self.attachments = taken.attachments
             found = changes(taken.config, self.config)
             return Resumed(taken.what, taken.manifest.step, taken.manifest.state, own, tuple(found), tuple(rejected))
-        lost = gather_objects(LATEST in where.names(), self.world)[0]
-        if rejected or resume != "auto" or lost:
+        if rejected or resume != "auto" or were_there:
             reasons = "".join(f"\n  {reason}" for reason in rejected)
             raise ValueError(
                 f"checkpoint.resume={resume}: {where.describe()} holds no whole checkpoint; restore one, or set "
@@ -104,8 +111,6 @@ class Keeper:
         """Take weights from ``checkpoint.init_from``; returns what that is. Raises ValueError where they do not fit."""
         error, what = None, ""
         try:
-            from megacore.checkpoint.opening import open_weights
-
             source = open_weights(path)
             what, self.attachments = source.what, source.attachments
             if problems := model_problems(source.model, self.config.model, what):
@@ -152,9 +157,10 @@ class Keeper:
             "skipped": reporter.skipped if self.rank == 0 else 0,
             "data": data.identity,
         }
-        if val_loss is not None:
+        if val_loss is not None and math.isfinite(val_loss):  # no other number is the best of any, or JSON
             state[VAL_LOSS] = val_loss
         sizes = {axis: getattr(layout, axis) for axis in axes}
+        self.failpoints.begin_save(step)
         self.saver.start(Facts(step, self.config, sizes, state, self.attachments))
         if not self.config.checkpoint.async_save:
             self.poll(reporter)
@@ -168,10 +174,15 @@ class Keeper:
         """Wait for what goes on. Raises RuntimeError where the last state could not be saved."""
         if self.saver is not None:
             self._report(self.saver.take(wait=True), reporter)
-        if self.last is not None and self.last.problem:
-            raise RuntimeError(f"step {self.last.step} could not be saved: {self.last.problem}")
         if self.exporter is not None:
             reporter.exported(self.exporter.take(wait=True))
+        if self.last is not None and self.last.problem:
+            raise RuntimeError(f"step {self.last.step} could not be saved: {self.last.problem}")
+
+    def close(self) -> None:
+        """Let a save end that goes on while this rank is about to leave: the others write their part of it."""
+        if self.saver is not None:
+            self.saver.wait(CLOSING_S)
 
     def _report(self, outcome: Outcome | None, reporter: Reporter) -> None:
         if outcome is None:
@@ -184,13 +195,21 @@ class Keeper:
             reporter.exported(self.exporter.take(wait=True))
             self.exporter.start(outcome.step)
 
-    def _candidates(self, where: Store) -> list[Store]:
-        """Folders of finished checkpoints, newest first: rank 0 looks, so that all see the same."""
-        if MANIFEST in where.names():
-            return [where]
-        inner = where.child(CHECKPOINTS) if CHECKPOINTS in where.folders() else where
-        steps = [step for step, _, is_finished in steps_in(inner) if is_finished]
-        return [inner.child(folder_of(step)) for step in gather_objects(steps, self.world)[0]]
+    def _candidates(self, where: Store) -> tuple[list[Store], bool]:
+        """(folders of finished checkpoints, newest first; whether there is a ``latest`` that speaks of some): rank 0
+        looks, so that all see the same."""
+        found: tuple[list[tuple[str, ...]], bool] = [], False
+        error: Exception | None = None
+        if self.rank == 0:
+            try:
+                found = _finished(where)
+            except OSError as reason:
+                error = ValueError(f"checkpoint.resume: {where.describe()} cannot be read: {reason}; make it readable")
+            except Exception as reason:  # of whatever kind: the others wait
+                error = reason
+        agree(error, self.world)
+        paths, were_there = gather_objects(found, self.world)[0]
+        return [reduce(Store.child, path, where) for path in paths], were_there
 
     def _take_up(self, folder: Store) -> Checkpoint | str:
         """The checkpoint, loaded, or why that cannot be, the same on all ranks."""
@@ -207,6 +226,8 @@ class Keeper:
                 f"checkpoint.resume: {checkpoint.what} holds weights alone; start from them with checkpoint.init_from"
             )
         refuse(changes(checkpoint.config, self.config), checkpoint.what)
+        if problem := self._first(self.state.lacking(checkpoint)):
+            raise ConfigError([problem])
         try:
             self.state.load(checkpoint)
             assert checkpoint.attachments is not None  # read, and so verified, now
@@ -223,21 +244,40 @@ class Keeper:
 
     def _put_aside(self, step: int) -> None:
         """Steps after ``step`` are about to be made anew: their checkpoints make room, unfinished saves go."""
-        error = None
+        error: Exception | None = None
         if self.rank == 0:
             try:
-                taken = set(self.store.child(ASIDE).folders())
-                for other, folder, is_finished in steps_in(self.store):
-                    if other <= step:
-                        continue
-                    if not is_finished:
-                        folder.remove_all()
-                        continue
-                    name = next(n for i in range(1, len(taken) + 2) if (n := f"{folder_of(other)}-{i}") not in taken)
-                    self.store.move_folder(folder_of(other), f"{ASIDE}/{name}")
+                _put_aside(self.store, step)
             except OSError as reason:
+                error = ValueError(f"{self.store.describe()} cannot be changed: {reason}; make it writable")
+            except Exception as reason:  # of whatever kind: the others wait
                 error = reason
         agree(error, self.world)
+
+
+def _finished(where: Store) -> tuple[list[tuple[str, ...]], bool]:
+    """As ``Keeper._candidates``, each folder as the names that lead to it."""
+    if MANIFEST in where.names():
+        return [()], False
+    inner = (CHECKPOINTS,) if CHECKPOINTS in where.folders() else ()
+    store = reduce(Store.child, inner, where)
+    steps = [step for step, _, is_finished in steps_in(store) if is_finished]
+    return [(*inner, folder_of(step)) for step in steps], LATEST in store.names()
+
+
+def _put_aside(store: Store, step: int) -> None:
+    """As ``Keeper._put_aside``. At every moment ``latest`` is right, or there is something to go on from."""
+    remove_unfinished(store)
+    has_latest = LATEST in store.names()
+    if has_latest and not step:
+        store.remove(LATEST)
+    taken = set(store.child(ASIDE).folders())
+    for other, _, _ in list(steps_in(store)):
+        if other > step:
+            name = next(n for i in range(1, len(taken) + 2) if (n := f"{folder_of(other)}-{i}") not in taken)
+            store.move_folder(folder_of(other), f"{ASIDE}/{name}")
+    if has_latest and step:
+        store.replace(LATEST, f"{folder_of(step)}\n".encode())
 
 
 def checkpoints_of(config: RunConfig) -> str:
