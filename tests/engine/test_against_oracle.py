@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import Tensor
 
 from tests.engine.common import assemble, batch_of, built_rank, parts, run_config, step_of, worst_difference
 from tests.oracle.model import PlainDecoder, random_weights
@@ -104,6 +106,20 @@ def test_gradients_are_those_of_an_independent_model(name: str) -> None:
     assert norm == pytest.approx(sum(grad.square().sum().item() for grad in expected.values()) ** 0.5, rel=1e-12)
     difference, where = worst_difference(assemble(config, [parts(built, "grads")]), expected)
     assert difference < 1e-10, where
+
+
+@pytest.mark.parametrize("name", ["gemma2", "olmo2", "neox", "longrope, long"])
+def test_logits_are_those_of_an_independent_model(name: str) -> None:
+    """What generation and comparisons with other libraries read."""
+    config = run_config(1, *FEATURES[name])
+    built, whole = built_rank(0, 1, config), replace(batch_of(config, 1), training=False)
+    weights = random_weights(config.model)
+    for name_of, parameter in built.stages[0].named_parameters():
+        parameter.data.copy_(weights[name_of])
+    logits = built.stages[0](whole, logits=True)
+    assert isinstance(logits, Tensor)
+    expected = PlainDecoder(config.model, weights).forward(whole.token_bs)
+    torch.testing.assert_close(logits.view(expected.shape), expected, rtol=1e-11, atol=1e-11)
 
 
 def test_evaluation_reports_the_plain_cross_entropy() -> None:

@@ -5,8 +5,10 @@ float64 while a model is built and run, so that the comparison is not blurred by
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from unittest import mock
 
 import pytest
@@ -66,13 +68,18 @@ def tokens_of(config: ModelConfig, b: int = 2, s: int = 40) -> Tensor:
 def rope_parameters(config: ModelConfig) -> dict[str, object]:
     scaling = config.rope_scaling
     parameters: dict[str, object] = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    if config.rotary_fraction != 1:
+        parameters["partial_rotary_factor"] = config.rotary_fraction
     if scaling.type == "none":
         return parameters
     parameters |= {"rope_type": scaling.type, "factor": scaling.factor}
-    if scaling.type in ("yarn", "llama3"):
+    if scaling.type in ("yarn", "llama3", "longrope"):
         parameters["original_max_position_embeddings"] = scaling.original_seq_len
     if scaling.type == "yarn":
         parameters |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+        parameters["attention_factor"] = scaling.attention_factor or None
+    if scaling.type == "longrope":
+        parameters |= {"short_factor": list(scaling.short_factor), "long_factor": list(scaling.long_factor)}
         parameters["attention_factor"] = scaling.attention_factor or None
     if scaling.type == "llama3":
         parameters |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
@@ -87,6 +94,9 @@ def hf_llama_like(config: ModelConfig, family: str, **more: object) -> torch.nn.
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
         "gemma": (transformers.GemmaConfig, transformers.GemmaForCausalLM),
+        "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM),
+        "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
+        "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
     }
     config_class, model_class = classes[family]
     hf_config = config_class(
@@ -98,6 +108,7 @@ def hf_llama_like(config: ModelConfig, family: str, **more: object) -> torch.nn.
         num_key_value_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         max_position_embeddings=8192,
+        pad_token_id=None,  # Phi-3's own lies beyond a small vocabulary
         rms_norm_eps=config.norm_eps,
         tie_word_embeddings=config.tie_embeddings,
         rope_parameters=rope_parameters(config),
@@ -105,6 +116,29 @@ def hf_llama_like(config: ModelConfig, family: str, **more: object) -> torch.nn.
     )
     hf_config._attn_implementation = "eager"
     return model_class(hf_config).double().eval()
+
+
+NORMS = {
+    "pre": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "post": {"attention_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"},
+    "both": {
+        "attention_norm": "input_layernorm",
+        "attention_post_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    },
+}
+"""Ours to theirs, by where norms stand."""
+
+
+def fused(weights: dict[str, Tensor], num_layers: int) -> dict[str, Tensor]:
+    """Phi-3's names of what `load_llama_like` cuts apart: it keeps the fused matrices."""
+    renamed = {}
+    for layer in range(num_layers):
+        ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
+        renamed[f"{theirs}.self_attn.qkv_proj.weight"] = weights[f"{ours}.attention.qkv.weight"]
+        renamed[f"{theirs}.mlp.gate_up_proj.weight"] = weights[f"{ours}.mlp.gate_up.weight"]
+    return renamed
 
 
 def load_llama_like(model: torch.nn.Module, config: ModelConfig, weights: dict[str, Tensor]) -> None:
@@ -117,8 +151,8 @@ def load_llama_like(model: torch.nn.Module, config: ModelConfig, weights: dict[s
     rows = [heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
     for layer in range(config.num_layers):
         ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
-        renamed[f"{theirs}.input_layernorm.weight"] = weights[f"{ours}.attention_norm.weight"]
-        renamed[f"{theirs}.post_attention_layernorm.weight"] = weights[f"{ours}.mlp_norm.weight"]
+        for norm, of_theirs in NORMS[config.norm_placement].items():
+            renamed[f"{theirs}.{of_theirs}.weight"] = weights[f"{ours}.{norm}.weight"]
         for kind in ("weight", "bias"):
             if f"{ours}.attention.qkv.{kind}" in weights:
                 parts = weights[f"{ours}.attention.qkv.{kind}"].split(rows)
@@ -133,6 +167,10 @@ def load_llama_like(model: torch.nn.Module, config: ModelConfig, weights: dict[s
         if config.qk_norm:
             for letter in "qk":
                 renamed[f"{theirs}.self_attn.{letter}_norm.weight"] = weights[f"{ours}.attention.{letter}_norm.weight"]
+    if hasattr(model.model.layers[0].self_attn, "qkv_proj"):
+        parts = re.compile(r".*\.([qkv]|gate|up)_proj\..*")
+        renamed = {name: weight for name, weight in renamed.items() if not parts.fullmatch(name)}
+        renamed |= fused(weights, config.num_layers)
     model.load_state_dict(renamed, strict=True)
 
 
@@ -188,6 +226,96 @@ def test_qwen2() -> None:
 
 def test_qwen3() -> None:
     assert_same_logits_and_loss(replace(LLAMA, qk_norm=True, norm_eps=1e-6), "qwen3")
+
+
+def test_qwen2_with_windows_in_its_last_layers() -> None:
+    config = replace(LLAMA, qkv_bias=True, sliding_window=6, sliding_window_from=2)
+    assert_same_logits_and_loss(
+        config, "qwen2", use_sliding_window=True, sliding_window=config.sliding_window, max_window_layers=2
+    )
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 6])
+def test_olmo2(num_kv_heads: int) -> None:
+    config = replace(
+        LLAMA, num_kv_heads=num_kv_heads, head_dim=8, norm_placement="post", qk_norm=True, qk_norm_over="all",
+        norm_eps=1e-3, rope_theta=5e5,
+    )  # fmt: skip
+    assert_same_logits_and_loss(config, "olmo2")
+
+
+def test_gemma2() -> None:
+    """Theirs rounds the embeddings' factor to float32: one is taken that is a whole number."""
+    config = replace(
+        LLAMA, hidden_size=64, num_heads=4, norm_placement="both", norm_unit_offset=True, norm_eps=1e-6,
+        activation="geglu", tie_embeddings=True, attention_scale_dim=24, attention_softcap=5.0, logit_softcap=3.0,
+        scale_embeddings=True, sliding_window=7, full_attention_every=2,
+    )  # fmt: skip
+    assert_same_logits_and_loss(
+        config,
+        "gemma2",
+        query_pre_attn_scalar=config.attention_scale_dim,
+        attn_logit_softcapping=config.attention_softcap,
+        final_logit_softcapping=config.logit_softcap,
+        sliding_window=config.sliding_window,
+    )
+
+
+@pytest.mark.parametrize("original", [16, 40, 64])
+def test_phi3_with_longrope(original: int) -> None:
+    """Samples of 40 tokens: longer than the original length, as long, and shorter."""
+    scaling = RopeScaling(
+        type="longrope",
+        factor=8192 / original,
+        original_seq_len=original,
+        short_factor=(1.0, 1.1, 1.25, 1.5, 2.0, 3.0),
+        long_factor=(1.5, 2.0, 3.0, 5.0, 9.0, 20.0),
+    )
+    config = replace(LLAMA, rotary_fraction=0.75, rope_scaling=scaling, sliding_window=11, hidden_size=96)
+    assert_same_logits_and_loss(
+        config, "phi3", sliding_window=config.sliding_window, original_max_position_embeddings=original
+    )
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_gpt_neox(parallel: bool) -> None:
+    config = replace(
+        LLAMA, num_kv_heads=6, head_dim=8, norm="layernorm", activation="gelu-erf", parallel_residual=parallel,
+        rotary_fraction=0.25, qkv_bias=True, attention_out_bias=True, mlp_bias=True,
+    )  # fmt: skip
+    weights, tokens = random_weights(config), tokens_of(config)
+    renamed = {
+        "gpt_neox.embed_in.weight": weights["embedding.tokens.weight"],
+        "lm_head.weight": weights["head.weight"],
+        "gpt_neox.final_layer_norm.weight": weights["final_norm.weight"],
+        "gpt_neox.final_layer_norm.bias": weights["final_norm.bias"],
+    }
+    names = {"attention_norm": "input_layernorm", "attention.qkv": "attention.query_key_value"}
+    names |= {"attention.out": "attention.dense", "mlp_norm": "post_attention_layernorm"}
+    names |= {"mlp.up": "mlp.dense_h_to_4h", "mlp.down": "mlp.dense_4h_to_h"}
+    for layer in range(config.num_layers):
+        for (ours, theirs), kind in product(names.items(), ("weight", "bias")):
+            weight = weights[f"layers.{layer}.{ours}.{kind}"]
+            if ours == "attention.qkv":  # theirs has each head's query, key and value rows together
+                weight = weight.unflatten(0, (3, 6, 8)).transpose(0, 1).flatten(0, 2)
+            renamed[f"gpt_neox.layers.{layer}.{theirs}.{kind}"] = weight
+    with all_float64():
+        hf_config = transformers.GPTNeoXConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            intermediate_size=config.ffn_hidden_size,
+            hidden_act="gelu",
+            layer_norm_eps=config.norm_eps,
+            use_parallel_residual=parallel,
+            rope_parameters=rope_parameters(config),
+        )
+        hf_config._attn_implementation = "eager"
+        model = transformers.GPTNeoXForCausalLM(hf_config).double().eval()
+        model.load_state_dict(renamed, strict=True)
+        theirs = model(tokens).logits
+    torch.testing.assert_close(PlainDecoder(config, weights).forward(tokens), theirs, rtol=1e-10, atol=1e-10)
 
 
 def test_geglu_is_gemmas_mlp() -> None:
