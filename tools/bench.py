@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megacore bench", description=__doc__.partition(": ")[2])
     parser.set_defaults(report="megacore.bench.report", found="comparisons")
     groups = parser.add_subparsers(
-        dest="benchmark", required=True, metavar="{data,train,pipeline,zero,bubble,optim,checkpoint}"
+        dest="benchmark", required=True, metavar="{data,train,pipeline,zero,bubble,optim,checkpoint,convert}"
     )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -97,6 +97,12 @@ def parser() -> argparse.ArgumentParser:
     keeping.add_argument("--rounds", type=int, default=9, help="timed saves of each side (default 9)")
     keeping.add_argument("--folder", metavar="PATH", help="where to write (default: a temporary folder)")
     keeping.set_defaults(measure=measure_checkpoint)
+    convert = groups.add_parser(
+        "convert", parents=[common, cases, keys], help="conversion as whole commands, against transformers"
+    )
+    convert.add_argument("--rounds", type=int, default=3, help="timed runs of each side (default 3)")
+    convert.add_argument("--folder", metavar="PATH", help="where to write (default: a temporary folder)")
+    convert.set_defaults(measure=measure_convert)
     optim.set_defaults(measure=measure_optim, report="megacore.bench.optim_report", found="cases")
     return parser
 
@@ -169,6 +175,20 @@ def measure_checkpoint(arguments: argparse.Namespace) -> list["Comparison"]:
             told = case.name, config, arguments.rounds, folder
             with ranks("megacore.bench.checkpoint:measure", case.num_ranks, *told) as result:
                 comparisons.append(collect(case, config, result))
+    return comparisons
+
+
+def measure_convert(arguments: argparse.Namespace) -> list["Comparison"]:
+    """Conversions, each a process."""
+    from megacore.bench.convert import CASES, SHAPE, measure
+    from megacore.config.load import load
+
+    config = load(None, [*SHAPE, *arguments.overrides])
+    with tempfile.TemporaryDirectory(prefix="megacore-bench-", dir=arguments.folder) as folder:
+        comparisons = []
+        for case in chosen(arguments.case, CASES):
+            sys.stderr.write(f"{case.name} ...\n")
+            comparisons.append(measure(case, config, arguments.rounds, Path(folder)))
     return comparisons
 
 
