@@ -18,6 +18,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "data": ("megacore.tools.data", "make a tokenizer, tokenise, inspect and merge corpora, build sample indices"),
         "verify": ("megacore.tools.verify", "prove that layouts compute what one process computes"),
         "inspect": ("megacore.tools.inspect_checkpoint", "what is inside a checkpoint, a run or a Hugging Face folder"),
+        "convert": (
+            "megacore.tools.convert",
+            "weights to and from Hugging Face folders, and whether they are right",
+        ),
         "schedule": ("megacore.tools.schedule", "generate, prove, simulate and draw a pipeline schedule"),
         "bench": ("megacore.tools.bench", "measure, as ratios to other implementations"),
         "presets": ("megacore.tools.presets", "list the known models with their shapes and parameter counts"),
