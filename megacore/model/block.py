@@ -39,10 +39,12 @@ class Block(nn.Module):
         self.parallel = model.parallel_residual
         self.attention_norm = make_norm(model, make.below("attention_norm"), kernels)
         self.attention = Attention(model, make.below("attention"), tp, kernels, seed, recompute == "selective", window)
+        both = model.norm_placement == "both"
+        if both:
+            self.attention_post_norm = make_norm(model, make.below("attention_post_norm"), kernels)
         self.mlp_norm = make_norm(model, make.below("mlp_norm"), kernels)
         self.mlp = MLP(model, make.below("mlp"), tp, kernels)
-        if model.norm_placement == "both":
-            self.attention_post_norm = make_norm(model, make.below("attention_post_norm"), kernels)
+        if both:
             self.mlp_post_norm = make_norm(model, make.below("mlp_post_norm"), kernels)
         self.dropout, self.recompute, self.offload = model.dropout, recompute == "full", recompute == "offload"
         self.attention_key = counter.key_of("dropout", seed, make.prefix, "attention output")

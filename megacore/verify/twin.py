@@ -49,9 +49,8 @@ def shrunk(run: RunConfig, layout: ParallelConfig, layouts: Sequence[ParallelCon
         vocab_size=like(m.vocab_size, every, VOCAB),
         max_positions=seq_len + min(3, max(0, m.max_positions - t.seq_len)),
         sliding_window=_scaled(m.sliding_window, t.seq_len, seq_len),
-        # both kinds of layers, if there are both, are among the first two
         full_attention_every=min(2, m.full_attention_every),
-        sliding_window_from=min(1, m.sliding_window_from) if m.sliding_window_from < m.num_layers else m.num_layers,
+        sliding_window_from=_window_from(m),
     )
     model = replace(model, rope_scaling=_rope_scaling(m.rope_scaling, t.seq_len, model, seq_len))
     return replace(run, model=model, train=train, data=data)
@@ -78,6 +77,13 @@ def _kv_heads(model: ModelConfig, tps: Iterable[int]) -> int:
         return (kv % tp == 0, tp % kv == 0, kv * ratio % tp) == (splits, copies, 0)
 
     return next(kv for kv in range(1, model.num_kv_heads + 1) if all(same(kv, tp) for tp in tps))
+
+
+def _window_from(model: ModelConfig) -> int:
+    """So that both kinds of layers, with a window and without, are among the first two if the model has both."""
+    if model.sliding_window_from >= model.num_layers:
+        return model.num_layers
+    return 0 if model.full_attention_every else min(1, model.sliding_window_from)
 
 
 def _head_dim(model: ModelConfig) -> int:

@@ -27,6 +27,11 @@ PUBLISHED = (
     ("qwen3-8b", 8_190_735_360),
     ("qwen3-32b", 32_762_123_264),
     ("mistral-7b", 7_241_732_096),
+    ("qwen2.5-7b", 7_615_616_512),
+    ("pythia-1b", 1_011_781_632),
+    ("olmo2-7b", 7_298_617_344),
+    ("phi3-mini", 3_821_079_552),
+    ("gemma2-9b", 9_241_705_984),
 )
 
 TINY = ModelConfig(num_layers=3, hidden_size=24, num_heads=6, num_kv_heads=2, head_dim=4, vocab_size=31)
@@ -35,6 +40,7 @@ MODELS = (
     replace(TINY, tie_embeddings=True, qk_norm=True, qkv_bias=True, activation="geglu"),
     replace(TINY, norm="layernorm", activation="gelu", position="learned", attention_out_bias=True, mlp_bias=True),
     replace(TINY, activation="relu2", position="alibi", num_kv_heads=1, vocab_size=1),
+    replace(TINY, qk_norm=True, qk_norm_over="all", norm_placement="both", norm_unit_offset=True, num_kv_heads=1),
 )
 
 

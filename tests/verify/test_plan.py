@@ -9,6 +9,7 @@ import pytest
 from megacore.config.errors import ConfigError
 from megacore.config.load import load
 from megacore.config.presets import preset_names
+from megacore.config.resolve import rotary_dims, window_of
 from megacore.config.schema import RunConfig
 from megacore.data.indexed import IndexedWriter
 from megacore.spec import ModelSpec
@@ -145,3 +146,24 @@ def test_free_memory_is_read_where_linux_tells_it(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 99 kB\nMemAvailable:      2048 kB\n")
     assert available_bytes(tmp_path / "meminfo") == 2048 * 1024
     assert available_bytes(tmp_path / "none") > 1e8
+
+
+def test_a_twin_rotates_the_same_part_of_its_heads_and_has_layers_of_both_kinds() -> None:
+    factors = [1 + pair / 10 for pair in range(36)]
+    longrope = ("type=longrope", "factor=32", "original_seq_len=2048", f"short_factor={factors}")
+    run = load(
+        None,
+        [
+            *(f"model.rope_scaling.{each}" for each in (*longrope, f"long_factor={factors}")),
+            "model.rotary_fraction=0.75",
+            "model.full_attention_every=6",
+            "model.sliding_window_from=30",
+            "train.global_batch_size=4",
+        ],
+        "phi3-mini",
+    )
+    (twin, *_) = (trial.config for trial in plan_of(run, "tp=2", shrink=True).computed)
+    m = twin.model
+    assert 0 < rotary_dims(m) < m.head_dim and rotary_dims(m) == 2 * len(m.rope_scaling.long_factor)
+    assert 1 < m.rope_scaling.original_seq_len < twin.train.seq_len
+    assert {bool(window_of(m, layer)) for layer in range(m.num_layers)} == {True, False}
