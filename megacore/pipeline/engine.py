@@ -94,14 +94,16 @@ def compile_list(instructions: Iterable[Instruction], by_name: bool) -> list[Ste
 
 def _receives_ahead(numbered: list[tuple[int, Instruction]]) -> list[tuple[int, Instruction]]:
     moved: list[tuple[int, Instruction]] = []
-    last = deque([0] * AHEAD, AHEAD)  # where the last computations stand
+    last = deque([0] * AHEAD, AHEAD)  # where the last computations begin
+    computed: tuple[int, ...] = ()
     for place, each in numbered:
         if each.op in RECEIVES:
             moved.insert(last[0], (place, each))
             last = deque((at + 1 for at in last), AHEAD)
             continue
-        if each.op in COMPUTE:
+        if each.op in COMPUTE and each[:3] != computed:  # a stage's units are one computation
             last.append(len(moved))
+            computed = each[:3]
         moved.append((place, each))
     return moved
 

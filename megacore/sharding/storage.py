@@ -11,13 +11,13 @@ run is a whole local parameter.
 | stage 2 | whole, gathered after the update | own pieces; a unit's while it is in backward | reduce-scatter, added up |
 | stage 3 | own pieces; a unit's while it is in use | as stage 2 | as stage 2 |
 
-Stages 0 and 1 sum once a step, stages 2 and 3 after every microbatch: they keep no whole gradient to add to. Sums over
-data-parallel ranks come first, while backward goes on. What tensor-parallel ranks computed in parts (norms under
-sequence parallelism, Korthikanti et al. 2022, section 4.2.2) and copies of kv heads are summed last, on runs, in one
-message each.
+Stages 0 and 1 sum once a step, bucket by bucket in the last backward; stages 2 and 3 after every microbatch: they keep
+no whole gradient to add to. Sums over data-parallel ranks come first, while backward goes on. What tensor-parallel
+ranks computed in parts (norms under sequence parallelism, Korthikanti et al. 2022, section 4.2.2) and copies of kv
+heads are summed last, on runs, in one message each.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -109,6 +109,11 @@ class Storage:
                 self.pending.append(self._reduce(bucket))
         while self.policy.grads and len(self.pending) > UNDER_WAY:
             self.pending.popleft().wait()
+
+    def summed_early(self) -> set[int]:
+        """The stages of which some sums can begin before backward has gone through all units."""
+        several = Counter(stage for (stage, unit), buckets in self.buckets.items() if unit >= 0 and buckets)
+        return {stage for stage, number in several.items() if number > 1}
 
     def gather(self, unit: Unit) -> None:
         """Begin to bring a unit's parameters (stage 3)."""
@@ -291,7 +296,8 @@ def _groups(
 def _buckets_of(
     units: Mapping[Unit, Mapping[str, nn.Parameter]], groups: Sequence[tuple[Unit, Sequence[Shape]]], by_unit: bool
 ) -> dict[Unit, list[int]]:
-    """The buckets that each unit's backward adds to, or each stage's (unit -1) where it is the last that does.
+    """The buckets that each unit's backward adds to; or, where buckets are not units, to which it is the last to add,
+    and each stage's (unit -1).
 
     The last layers' come first, for backward is done with them first.
     """
@@ -301,8 +307,13 @@ def _buckets_of(
         for unit, params in units.items():
             found[unit] = sorted({bucket_of[name] for name in params if name in bucket_of}, reverse=True)
         return found
-    for stage, _ in units:
+    owner: dict[str, Unit] = {}
+    for unit, params in reversed(units.items()):
+        owner |= dict.fromkeys(params, unit)
+    last = [min(owner[name] for name, _ in group) for _, group in groups]
+    for stage, unit in units:
         found[stage, -1] = [n for n in reversed(range(len(groups))) if groups[n][0] == (stage, -1)]
+        found[stage, unit] = [n for n in found[stage, -1] if last[n] == (stage, unit)]
     return found
 
 

@@ -20,7 +20,7 @@ from megacore.schedule.generators.generate import forward_only
 from megacore.schedule.instruction import Instruction
 from megacore.schedule.lower import lower
 from megacore.schedule.schedule import Schedule
-from megacore.schedule.units import by_unit
+from megacore.schedule.units import by_unit, with_early_sums
 from megacore.sharding.storage import Storage
 from megacore.spec import ModelSpec
 
@@ -75,6 +75,7 @@ class Trainer:
         )
         self.engine = PipelineEngine(stages, len(self.home), mesh.pp, wgrad, mesh.device, actions)
         self._training: dict[int, list[Step]] = {}
+        self._timed: dict[int, list[Step]] = {}
         self._forward: dict[int, list[Step]] = {}
 
     def step(
@@ -89,7 +90,9 @@ class Trainer:
         ``watched``: make statistics of this step."""
         self.num_nominal, self.lr, self.watched = num_nominal, lr, watched
         self.storage.begin()
-        steps = self._compiled(self._training, self.plan, len(microbatches))
+        # what is timed is the list as it was planned
+        known = self._training if marks is None else self._timed
+        steps = self._compiled(known, self.plan, len(microbatches))
         weight = self.loss_scale.scale.to(torch.float64) / num_nominal
         self.engine.run(steps, microbatches, weight.to(self._loss_dtype), marks=marks)
         return self.result
@@ -120,10 +123,13 @@ class Trainer:
     def _compiled(self, known: dict[int, list[Step]], plan: Callable[[int], Schedule], number: int) -> list[Step]:
         if number not in known:
             listed: Iterable[Instruction] = plan(number).ranks[self.mesh.pp.rank]
-            policy = self.storage.policy
+            storage, policy = self.storage, self.storage.policy
+            num_units = {stage: module.num_units for stage, module in self.stages.items()}
             if policy.by_unit:
-                num_units = {stage: module.num_units for stage, module in self.stages.items()}
                 listed = by_unit(listed, num_units, policy.params)
+            elif self.mesh.dp_cp.size > 1 and known is not self._timed:
+                early = storage.summed_early()
+                listed = with_early_sums(listed, {stage: num_units[stage] for stage in num_units if stage in early})
             known[number] = self.engine.compile(listed)
         return known[number]
 

@@ -1,6 +1,7 @@
 """Every ZeRO stage computes what one process computes, with every optimizer, layout and schedule."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from megacore.config.optimizers import optimizer_names
 from megacore.config.schema import RunConfig
 from megacore.model.inputs import Inputs
+from megacore.schedule.instruction import COMPUTE, Op
+from megacore.sharding import storage as storage_module
 from tests.engine.common import (
     Part,
     assemble,
@@ -189,6 +192,42 @@ def test_gradients_are_summed_while_backward_goes_on(pool: WorkerPool, zero: int
     """Embedding, four blocks and head: each begins while the sums of the two above it are under way."""
     config = run_config(2, *FOUR_LAYERS, f"parallel.zero={zero}", "train.global_batch_size=2")
     assert pool.run(under_way_of_rank, 2, 2, config) == [[0, 1, 2, 2, 2, 2]] * 2
+
+
+def early_of_rank(rank: int, world_size: int, config: RunConfig, early: bool) -> tuple[Result, list[int]]:
+    """As ``steps_of_rank`` in small buckets; and, for each sum of a step, how many computations it precedes."""
+    with mock.patch.object(storage_module, "BUCKET_BYTES", 1 << 12):
+        built = built_rank(rank, world_size, config)
+    if not early:
+        built.storage.summed_early = set  # type: ignore[method-assign]
+    curve = [step_of(built, step, config.optim.lr) for step in (1, 2)]
+    (steps,) = built.trainer._training.values()
+    ops = [step.op for step in steps]
+    after = [sum(op in COMPUTE for op in ops[place:]) for place, op in enumerate(ops) if op is Op.REDUCE]
+    return (curve, parts(built, "grads"), parts(built, "params")), after
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("tied", [(), TIED], ids=["", "tied"])
+@pytest.mark.parametrize(
+    ("schedule", "pp", "chunks"),
+    [("1f1b", 1, 1), ("zb-h1", 1, 1), ("1f1b", 2, 1), ("interleaved", 2, 2), ("zb-v", 2, 2), ("dualpipe-v", 2, 2)],
+)
+def test_whole_gradients_are_summed_in_the_last_backward(
+    pool: WorkerPool, schedule: str, pp: int, chunks: int, tied: tuple[str, ...], zero: int
+) -> None:
+    """Unit by unit, and no bit is another than with sums behind it. (Those of DualPipe-V are halves of pairs.)"""
+    run = (*FOUR_LAYERS, *rule("adamw"), *tied, f"parallel.zero={zero}", "model.dropout=0.1", "model.vocab_size=67")
+    pipeline = (f"parallel.pp={pp}", f"parallel.schedule={schedule}", f"parallel.chunks={chunks}")
+    config = run_config(2 * pp, *run, *pipeline)
+    early, late = (pool.run(early_of_rank, 2 * pp, 2 * pp, config, early) for early in (True, False))
+    followed = [sum(sum(after) for _, after in results) for results in (early, late)]
+    assert schedule == "dualpipe-v" or followed[0] > followed[1]
+    for (ours, after), (expected, after_late) in zip(early, late, strict=True):
+        assert len(after) >= len(after_late) == chunks
+        assert ours[0] == expected[0]
+        for got, want in zip(ours[1] + ours[2], expected[1] + expected[2], strict=True):
+            assert got.name == want.name and torch.equal(got.tensor, want.tensor), got.name
 
 
 def look_of_rank(rank: int, world_size: int, config: RunConfig) -> tuple[list[float], Tensor | None, Curve]:

@@ -1,7 +1,7 @@
 """Lists by unit: each unit once and in order, sums when complete, parameters there while they are used."""
 
 from collections import Counter
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import pytest
 from hypothesis import given
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megacore.schedule.generators.generate import forward_only, generate
 from megacore.schedule.instruction import COMPUTE, MESSAGES, Instruction, Op
 from megacore.schedule.lower import lower
-from megacore.schedule.units import NEEDS_PARAMS, by_unit
+from megacore.schedule.units import NEEDS_PARAMS, by_unit, with_early_sums
 
 KINDS = {"gpipe": 1, "1f1b": 1, "interleaved": 3, "zb-h1": 1, "zb-h2": 1, "zb-v": 2, "dualpipe-v": 2}
 """Chunks of each."""
@@ -57,6 +57,41 @@ def test_every_unit_is_computed_once_and_in_order(drawn: Lists) -> None:
             expected.append(each)
     assert [each for each in fine if each.op not in (Op.REDUCE, Op.GATHER, Op.FREE)] == expected
     assert not any(each.op is Op.PAIR for each in fine)
+
+
+@given(lists(gathers=False), st.data())
+def test_sums_of_whole_gradients_begin_in_the_last_backward(drawn: Lists, data: st.DataObject) -> None:
+    """Nothing else changes; a stage that cannot be cut, or is not to be, is summed as a whole where it was."""
+    coarse, _, num_units = drawn
+    some = {stage: number for stage, number in num_units.items() if data.draw(st.booleans())}
+    fine = with_early_sums(coarse, some)
+    whole = [each._replace(unit=-1) for each in fine if each.op is not Op.REDUCE]
+    assert [each for each, _ in groupby(whole)] == [each for each in coarse if each.op is not Op.REDUCE]
+    sums = [(each.stage, each.unit) for each in fine if each.op is Op.REDUCE]
+    stages = {each.stage for each in coarse if each.op is Op.REDUCE}
+    for stage in stages:
+        cut = [unit for summed, unit in sums if summed == stage]
+        paired = {each.back_stage for each in coarse if each.op is Op.PAIR}
+        assert cut in ([-1], list(reversed(range(some.get(stage, 0)))))
+        assert cut == [-1] or stage in some
+        assert stage in paired or stage not in some or cut != [-1]
+    for place, each in enumerate(fine):
+        if each.op is Op.REDUCE and each.unit >= 0:
+            before, rest = fine[place - 1], fine[place:]
+            assert before.op in (Op.BACKWARD, Op.WEIGHT_GRAD)
+            assert (before.stage, before.unit) == (each.stage, each.unit)
+            backs = [other for other in rest if other.op in (Op.BACKWARD, Op.WEIGHT_GRAD)]
+            assert all(other.unit < each.unit for other in backs if other.stage == each.stage), "it was the last"
+            assert not any(other.op is Op.PAIR and other.back_stage == each.stage for other in rest)
+
+
+def test_the_documented_example_of_early_sums() -> None:
+    listed = [*map(Instruction.parse, "F0.0 B0.0 F0.1 B0.1 R0 O".split())]
+    assert " ".join(map(str, with_early_sums(listed, {0: 2}))) == "F0.0 B0.0 F0.1/0 F0.1/1 B0.1/1 R0/1 B0.1/0 R0/0 O"
+    split = [*map(Instruction.parse, "F0.0 I0.0 F0.1 I0.1 W0.0 W0.1 R0 O".split())]
+    assert " ".join(map(str, with_early_sums(split, {0: 2}))) == (
+        "F0.0 I0.0 F0.1/0 F0.1/1 I0.1/1 I0.1/0 W0.0 W0.1/1 R0/1 W0.1/0 R0/0 O"
+    )
 
 
 @given(st.booleans().flatmap(lists))
