@@ -121,3 +121,31 @@ def test_other_master_weights_learn_as_well(pool: WorkerPool, master: str, layou
     expected = losses(pool, world_size, *formats, steps=20)
     ours = losses(pool, world_size, *formats, f"precision.master={master}", steps=20)
     assert ours == pytest.approx(expected, rel=0.002 if master == "split" else 0.02)
+
+
+def copied_of_rank(rank: int, world_size: int, config: RunConfig) -> tuple[bool, list[torch.Tensor]]:
+    """Whether the optimizer's kernel writes parameters, too; and all parameters after steps of which one is skipped."""
+    built = built_rank(rank, world_size, config)
+    storage, begin = built.storage, built.storage.begin
+
+    def spoil() -> None:
+        begin()
+        storage.own_grads[0][0] = torch.inf
+
+    for step in range(4):
+        storage.begin = spoil if step in (0, 2) else begin  # type: ignore[method-assign]
+        step_of(built, step, 1e-3)
+    for own, weight in zip(storage.own_params, storage.weights):
+        assert torch.equal(own, weight.to(own.dtype)), "parameters are the rounded weights"
+    return built.trainer.rule.writes_copies, [view.clone() for view in storage.whole("params").views().values()]
+
+
+@pytest.mark.parametrize("zero", [0, 1, 3])
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_kernel_may_round_weights_on_its_way(pool: WorkerPool, dtype: str, name: str, zero: int) -> None:
+    """AdamW's does for bf16, in the same pass over memory; parameters are the same everywhere either way."""
+    config = run_config(2, *TRAIN, f"precision.dtype={dtype}", f"optim.name={name}", f"parallel.zero={zero}")
+    results = pool.run(copied_of_rank, 2, 2, config)
+    assert {writes for writes, _ in results} == {dtype == "bf16" and name == "adamw"}
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
