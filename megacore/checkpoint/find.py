@@ -18,9 +18,10 @@ def folder_of(step: int) -> str:
 
 
 def step_of(folder: str) -> int | None:
-    """The step that a folder's name tells, or None."""
+    """The step that a folder's name tells, or None where it is none that ``folder_of`` gives."""
     digits = folder.removeprefix(PREFIX)
-    return int(digits) if folder.startswith(PREFIX) and digits.isdecimal() else None
+    step = int(digits) if digits.isascii() and digits.isdecimal() else None
+    return step if step is not None and folder == folder_of(step) else None
 
 
 def steps_in(store: Store) -> Iterator[tuple[int, Store, bool]]:

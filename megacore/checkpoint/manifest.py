@@ -6,7 +6,7 @@ byte of a checkpoint is believed unseen.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +19,14 @@ MANIFEST = "manifest.json"
 FORMAT, VERSION = "megacore checkpoint", 1
 TRAINING, WEIGHTS = "training", "weights"
 """Kinds: all that a run needs to go on, or weights alone."""
+
+ITEM_BYTES: Mapping[str, int] = MappingProxyType(
+    {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+    | {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+)
+"""Of a number of each format; ``formats.DTYPES`` has torch's names for them."""
+LARGEST = 1 << 60
+"""More bytes or elements than this nothing has: sums of two such numbers are exact everywhere."""
 
 
 def hash_of(data: bytes | memoryview) -> str:
@@ -104,15 +112,16 @@ class Manifest:
             content = json.loads(data)
             found = content.pop("hash")
             version = content["version"] if content["format"] == FORMAT else None
+            is_whole = data == _canonical(content | {"hash": found}) and hash_of(_canonical(content)) == found
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{where} is not a manifest, or was damaged; use another checkpoint") from None
         if version != VERSION:
             raise ValueError(f"{where} has version {version}, this megacore reads {VERSION}; use the one that wrote it")
-        if data != _canonical(content | {"hash": found}) or hash_of(_canonical(content)) != found:
+        if not is_whole:
             raise ValueError(f"{where} was damaged: its hash is not that of its content; use another checkpoint")
         try:
             return _manifest(content)
-        except (KeyError, TypeError, ValueError, IndexError) as reason:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as reason:
             raise ValueError(f"{where} does not describe a checkpoint: {reason}") from None
 
     @property
@@ -156,37 +165,103 @@ def _listed(entry: TensorEntry) -> list[Any]:
 
 
 def _manifest(content: Mapping[str, Any]) -> Manifest:
-    files = tuple(FileEntry(_plain(name), *rest) for name, *rest in content["files"])
-    attachments = {name: AttachmentEntry(_plain(file), *rest) for name, (file, *rest) in content["attachments"].items()}
+    """Everything in it is looked at: a hash shows accidents, and nothing of what somebody made up on purpose."""
+    files = tuple(_file(*entry) for entry in content["files"])
+    attachments = {name: _attachment(*entry) for name, entry in content["attachments"].items()}
+    names = [each.name for each in files] + [each.file for each in attachments.values()]
+    if len(set(names)) < len(names) or MANIFEST in names:
+        raise ValueError("two of its files have one name")
     tensors = {}
     for key, (dtype, shape, *slices) in content["tensors"].items():
-        entries = tuple(SliceEntry(f, o, tuple(start), tuple(size), digest) for f, o, start, size, digest in slices)
-        tensors[key] = TensorEntry(dtype, tuple(shape), entries)
+        if dtype not in ITEM_BYTES:
+            raise ValueError(f"{key} has numbers of format {dtype!r}; known are {', '.join(ITEM_BYTES)}")
+        entries = tuple(SliceEntry(_count(f), _count(o), _counts(a), _counts(n), _text(h)) for f, o, a, n, h in slices)
+        tensors[key] = TensorEntry(dtype, _counts(shape), entries)
         _check_slices(key, tensors[key], files)
-    kind, step, config, layout, state = (content[name] for name in ("kind", "step", "config", "layout", "state"))
-    return Manifest(kind, step, config, layout, state, tensors, files, attachments, content["made"])
+    config, layout, state, made = (_table(content[name]) for name in ("config", "layout", "state", "made"))
+    for number in layout.values():
+        _count(number)
+    return Manifest(
+        _text(content["kind"]), _count(content["step"]), config, layout, state, tensors, files, attachments, made
+    )
 
 
-def _plain(name: str) -> str:
+def _file(name: Any, size: Any, header_size: Any, header_hash: Any) -> FileEntry:
+    if _count(header_size) > _count(size):
+        raise ValueError(f"the header of {name} is longer than the file")
+    return FileEntry(_plain(name), size, header_size, _text(header_hash))
+
+
+def _attachment(file: Any, size: Any, digest: Any) -> AttachmentEntry:
+    return AttachmentEntry(_plain(file), _count(size), _text(digest))
+
+
+def _plain(name: Any) -> str:
     """A file's name, which must not lead out of the folder."""
-    if not name or name.startswith(".") or "/" in name or "\\" in name or "\0" in name:
+    if not _text(name) or name.startswith(".") or any(letter in name for letter in "/\\\0"):
         raise ValueError(f"{name!r} is no name of a file in the checkpoint's folder")
-    return name
+    return str(name)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} stands where a text belongs")
+    return value
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= LARGEST:
+        raise ValueError(f"{str(value)[:40]} stands where a number from 0 to {LARGEST} belongs")
+    return value
+
+
+def _counts(values: Any) -> tuple[int, ...]:
+    return tuple(map(_count, values))
+
+
+def _table(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(value)[:40]!r} stands where a table belongs")
+    return value
 
 
 def _check_slices(key: str, entry: TensorEntry, files: tuple[FileEntry, ...]) -> None:
+    """They must lie in files that there are, and cover the tensor, each element once."""
     num = 0
     for each in entry.slices:
-        fits = len(each.start) == len(each.size) == len(entry.shape) and 0 <= each.file < len(files)
+        fits = len(each.start) == len(each.size) == len(entry.shape) and each.file < len(files)
         inside = all(
-            0 <= first and 0 < count and first + count <= length
-            for first, count, length in zip(each.start, each.size, entry.shape)
+            0 < count and first + count <= length for first, count, length in zip(each.start, each.size, entry.shape)
         )
         if not fits or not inside:
             raise ValueError(f"a slice of {key} {list(entry.shape)} lies at {list(each.start)}, {list(each.size)}")
+        file = files[each.file]
+        if each.offset < file.header_size or each.offset + num_bytes_of(entry, each) > file.size:
+            raise ValueError(f"a slice of {key} lies at byte {each.offset} of {file.name}, which has {file.size}")
         num += numel_of(each.size)
     if num != numel_of(entry.shape):
         raise ValueError(f"the slices of {key} have {num} elements together, the tensor {numel_of(entry.shape)}")
+    if _meet(entry.slices):
+        raise ValueError(f"slices of {key} overlap, so others are missing")
+
+
+def _meet(slices: Sequence[SliceEntry]) -> bool:
+    """Whether two of them have an element in common."""
+    open_ones: list[SliceEntry] = []  # those that reach the row at which the next one begins
+    for each in sorted(slices, key=lambda each: each.start):
+        if each.start:
+            open_ones = [other for other in open_ones if other.start[0] + other.size[0] > each.start[0]]
+        for other in open_ones:
+            sides = zip(each.start, each.size, other.start, other.size)
+            if all(a < b + m and b < a + n for a, n, b, m in sides):
+                return True
+        open_ones.append(each)
+    return False
+
+
+def num_bytes_of(entry: TensorEntry, part: SliceEntry) -> int:
+    """Of a slice of a tensor."""
+    return numel_of(part.size) * ITEM_BYTES[entry.dtype]
 
 
 def numel_of(shape: tuple[int, ...]) -> int:

@@ -35,7 +35,7 @@ class Retention:
 
 
 def prune(store: Store, retention: Retention) -> tuple[str, ...]:
-    """Remove the checkpoints that need not stay, and saves that were never finished; returns what was removed.
+    """Remove the checkpoints that need not stay; returns what was removed.
 
     A checkpoint's manifest goes first: at no moment is there half of one that claims to be whole.
     """
@@ -48,10 +48,16 @@ def prune(store: Store, retention: Retention) -> tuple[str, ...]:
     removed = []
     for step, folder in folders.items():
         if step not in stay:
-            folder.remove(MANIFEST)
-            folder.remove_all()
+            folder.remove_all(first=MANIFEST)
             removed.append(folder.describe())
     return tuple(removed)
+
+
+def remove_unfinished(store: Store) -> None:
+    """Remove what saves left behind that were killed or failed: nobody else may be saving there."""
+    for _, folder, is_finished in list(steps_in(store)):
+        if not is_finished:
+            folder.remove_all()
 
 
 def _loss_of(folder: Store) -> float | None:

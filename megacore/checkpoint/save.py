@@ -11,6 +11,7 @@ renamed into place, everything before it is whatever a killed run left behind, a
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Thread
 from typing import Any
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor
 
 from megacore.checkpoint.find import LATEST, folder_of
+from megacore.checkpoint.manifest import MANIFEST, TRAINING
 from megacore.checkpoint.parts import Part
-from megacore.checkpoint.retain import Retention, prune
+from megacore.checkpoint.retain import Retention, prune, remove_unfinished
 from megacore.checkpoint.store import Store
 from megacore.checkpoint.write import Planned, WrittenFile, commit, write_file
 from megacore.config.schema import RunConfig
@@ -45,7 +47,7 @@ class Facts:
 @dataclass(frozen=True)
 class Outcome:
     """What became of a save: ``problem`` is '' or why there is no checkpoint of this step; ``removed`` are the folders
-    that had to go. Equal on all ranks."""
+    that had to go; ``remark`` is '' or what went wrong when the checkpoint was there. Equal on all ranks."""
 
     step: int
     folder: str
@@ -53,6 +55,16 @@ class Outcome:
     seconds: float
     problem: str = ""
     removed: tuple[str, ...] = ()
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Those fields of an outcome that rank 0 alone can tell."""
+
+    problem: str = ""
+    removed: tuple[str, ...] = ()
+    remark: str = ""
 
 
 class Saver:
@@ -102,10 +114,10 @@ class Saver:
         outcome, self.outcome = self.outcome, None
         return outcome
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether a save's outcome has not been taken yet."""
-        return self.thread is not None or self.outcome is not None
+    def wait(self, seconds: float) -> None:
+        """Until the save that was begun has ended, if there is one; so long at most."""
+        if self.thread is not None:
+            self.thread.join(seconds)
 
     def _stage(self) -> None:
         """Copy the slices into memory that is kept from save to save."""
@@ -118,19 +130,18 @@ class Saver:
     def _work(self, facts: Facts, tensors: Any, began: float, ready: Callable[[], None] | None = None) -> None:
         """All of a save; whatever happens becomes its outcome, on all ranks."""
         folder = self.store.child(folder_of(facts.step))
-        problem, total = "", 0
-        removed: tuple[str, ...] = ()
+        total, answer = 0, Answer()
         try:
             if ready is not None:
                 ready()
             total, problem = self._has_room(folder)
-            if not problem:
-                written = self._write(folder, tensors)
-                problem, removed = self._commit(folder, facts, written)
+            answer = Answer(problem) if problem else self._commit(folder, facts, self._write(folder, tensors))
         except Exception as error:  # the others have gone: training will say why
-            problem = f"{type(error).__name__}: {error}"
+            answer = Answer(f"{type(error).__name__}: {error}")
         seconds = self.clock() - began
-        self.outcome = Outcome(facts.step, folder.describe(), total, seconds, problem, removed)
+        self.outcome = Outcome(
+            facts.step, folder.describe(), total, seconds, answer.problem, answer.removed, answer.remark
+        )
 
     def _has_room(self, folder: Store) -> tuple[int, str]:
         """(bytes of all ranks, why they cannot be written or '')."""
@@ -138,12 +149,14 @@ class Saver:
         problem = ""
         if self.group.rank == 0:
             try:
-                folder.remove_all()  # what a killed save of this step left behind
+                remove_unfinished(self.store)  # what killed saves left behind
+                if folder.names():
+                    folder.remove_all(first=MANIFEST)
                 free = folder.free_bytes()
                 if free is not None and free < total + ROOM:
                     problem = f"{self.store.describe()} has {free} bytes left, the checkpoint takes {total}; free some"
-            except OSError as error:
-                problem = f"{self.store.describe()}: {error}"
+            except Exception as error:  # of whatever kind: all ranks must hear of it
+                problem = f"rank 0: {type(error).__name__}: {error}"
         return total, gather_objects(problem, self.group)[0]
 
     def _write(self, folder: Store, tensors: Any) -> list[WrittenFile | str]:
@@ -155,34 +168,43 @@ class Saver:
             own = f"rank {self.group.rank}: {type(error).__name__}: {error}"
         return gather_objects(own, self.group)
 
-    def _commit(self, folder: Store, facts: Facts, written: list[WrittenFile | str]) -> tuple[str, tuple[str, ...]]:
-        """(why it is no checkpoint or '', folders that were removed)."""
-        answer: tuple[str, tuple[str, ...]] = "", ()
+    def _commit(self, folder: Store, facts: Facts, written: list[WrittenFile | str]) -> Answer:
+        """Make it a checkpoint, if all ranks have written their part; rank 0's answer, on all of them."""
+        answer = Answer()
         if self.group.rank == 0:
             problems = [each for each in written if isinstance(each, str)]
-            try:
-                if problems:
-                    folder.remove_all()
-                    answer = "; ".join(problems), ()
-                else:
-                    answer = "", self._make_checkpoint(folder, facts, written)
-            except Exception as error:
-                answer = f"rank 0: {type(error).__name__}: {error}", ()
+            if not problems:
+                try:
+                    self._make_checkpoint(folder, facts, written)
+                except Exception as error:
+                    problems = [f"rank 0: {type(error).__name__}: {error}"]
+            if problems:
+                with suppress(Exception):  # the space is wanted back; if that fails, the next save tries again
+                    remove_unfinished(self.store)
+                answer = Answer("; ".join(problems))
+            else:
+                answer = self._tidy(facts)
         return gather_objects(answer, self.group)[0]
 
-    def _make_checkpoint(self, folder: Store, facts: Facts, written: list[Any]) -> tuple[str, ...]:
+    def _make_checkpoint(self, folder: Store, facts: Facts, written: list[Any]) -> None:
         commit(
             folder,
             [each for each in written if each.slices],
-            kind="training",
+            kind=TRAINING,
             step=facts.step,
             config=facts.config,
             layout=facts.layout,
             state=facts.state,
             attachments=facts.attachments,
         )
-        self.store.replace(LATEST, f"{folder_of(facts.step)}\n".encode())
-        return prune(self.store, self.retention)
+
+    def _tidy(self, facts: Facts) -> Answer:
+        """Point to the new checkpoint and remove what it replaces. If that fails, it is there all the same."""
+        try:
+            self.store.replace(LATEST, f"{folder_of(facts.step)}\n".encode())
+            return Answer(removed=prune(self.store, self.retention))
+        except Exception as error:
+            return Answer(remark=f"{type(error).__name__}: {error}")
 
 
 def _device_is_done(parts: Sequence[Part]) -> Callable[[], None] | None:

@@ -77,8 +77,8 @@ class Store(ABC):
         """Remove a file, if it is there."""
 
     @abstractmethod
-    def remove_all(self) -> None:
-        """Remove the folder and all that it holds."""
+    def remove_all(self, first: str = "") -> None:
+        """Remove the folder and all that it holds, its file ``first`` before all others."""
 
     @abstractmethod
     def move_folder(self, name: str, target: str) -> None:
@@ -165,7 +165,13 @@ class LocalStore(Store):
         with suppress(FileNotFoundError):
             (self.folder / name).unlink()
 
-    def remove_all(self) -> None:
+    def remove_all(self, first: str = "") -> None:
+        if self.folder.is_symlink():  # what it leads to belongs to somebody else
+            self.notice(f"remove {self.folder.name}")
+            self.folder.unlink()
+            return
+        if first:
+            self.remove(first)
         self.notice(f"remove {self.folder.name}/")
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -187,7 +193,9 @@ class LocalSink(Sink):
 
     def __init__(self, path: Path, notice: Notice) -> None:
         self.path, self.notice = path, notice
-        self.file = path.open("wb", buffering=0)
+        # a link would have something overwritten that lies elsewhere
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        self.file = os.fdopen(handle, "wb", buffering=0)
 
     def write(self, data: memoryview | bytes) -> None:
         self.notice(f"write {self.path.name}")
@@ -257,16 +265,18 @@ class RemoteStore(Store):
         with suppress(FileNotFoundError):
             self.system.rm_file(self._path(name))
 
-    def remove_all(self) -> None:
-        self.notice(f"remove {self.folder}/")
+    def remove_all(self, first: str = "") -> None:
+        if first:
+            self.remove(first)
+        self.notice(f"remove {PurePosixPath(self.folder).name}/")
         with suppress(FileNotFoundError):
             self.system.rm(self.folder, recursive=True)
 
     def move_folder(self, name: str, target: str) -> None:
         self.notice(f"rename {name}/")
         self.system.makedirs(self._path(target), exist_ok=True)
-        for each in self.child(name).names():
-            self.system.mv(self._path(f"{name}/{each}"), self._path(f"{target}/{each}"))
+        for each in self.child(name).names():  # all is there before anything goes
+            self.system.cp_file(self._path(f"{name}/{each}"), self._path(f"{target}/{each}"))
         self.child(name).remove_all()
 
     def free_bytes(self) -> int | None:

@@ -84,10 +84,10 @@ def write_file(store: Store, name: str, planned: Sequence[Planned], tensors: Ite
             data = bytes_of(tensor)
             sink.write(data)
             slices.append((plan, len(header) + begin, hash_of(data)))
+        sink.close()
     except BaseException:
         sink.abandon()
         raise
-    sink.close()
     size = len(header) + sum(plan.num_bytes for plan in planned)
     return WrittenFile(FileEntry(name, size, len(header), hash_of(header)), tuple(slices))
 

@@ -48,9 +48,10 @@ def open_data(config: RunConfig, mesh: ParallelMesh, start: tuple[int, int] = (1
     tokenizer = open_tokenizer(data.tokenizer) if data.tokenizer else None
     plan = BatchPlan(t.global_batch_size, t.micro_batch_size, t.batch_ramp, start)
     plan.check(mesh.dp.size)
-    stream = _stream(config, tokenizer, "train", plan.num_samples(t.steps))
+    num_samples = plan.num_samples(max(t.steps, start[0] - 1))  # a run that is done already reads nothing
+    stream = _stream(config, tokenizer, "train", num_samples)
     feed = Feed(stream, plan, mesh.dp, mesh.device)
-    described = summary(stream.sources, plan.num_samples(t.steps), t.seq_len)
+    described = summary(stream.sources, num_samples, t.seq_len)
     known = (tokenizer, stream.eod, plan, feed)
     if not t.eval_every:
         return RunData(*known, lambda: iter(()), described, identity_of(stream.sources))

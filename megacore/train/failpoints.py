@@ -1,8 +1,9 @@
 """Faults on purpose, so that tests can show what a run survives: MEGACORE_FAIL=POINT[#N]:RANK:STEP:ACTION.
 
-POINT is ``step`` (before a step begins) or an operation of a save: ``write``, ``fsync``, ``rename``, ``remove``; N
-counts it within the step, from 1 (default 1). RANK and STEP may be ``*``. ACTION is ``kill`` (SIGKILL), ``raise``,
-``enospc`` (as of a full disk) or ``hang``. Several are separated by commas.
+POINT is ``step`` (before a step begins) or an operation of the save after it, which may still go on when later steps
+have begun: ``write``, ``fsync``, ``rename``, ``remove``; before the first save STEP is 0 for these. N counts them from
+1 (the default) within a save. RANK and STEP may be ``*``. ACTION is ``kill`` (SIGKILL), ``raise``, ``enospc`` (as of a
+full disk) or ``hang``. Several are separated by commas.
 """
 
 import errno
@@ -34,7 +35,7 @@ class Fault:
 
 
 class Failpoints:
-    """The faults of one rank; ``step`` is the one that is under way."""
+    """The faults of one rank; ``step`` is the one that is being saved."""
 
     def __init__(self, faults: tuple[Fault, ...] = ()) -> None:
         self.faults, self.step = faults, 0
@@ -47,23 +48,26 @@ class Failpoints:
         return cls(tuple(fault for fault in map(parse, texts) if fault.rank in (None, rank)))
 
     def begin(self, step: int) -> None:
-        """A step, or the save after it, begins."""
+        """A step begins."""
+        self._hit("step", step, 1)
+
+    def begin_save(self, step: int) -> None:
+        """The save after a step begins; the one before has ended."""
         self.step = step
         self.seen.clear()
-        self.hit("step")
 
     def notice(self, operation: str) -> None:
         """An operation of a save is about to happen, such as "write NAME"."""
-        self.hit(operation.partition(" ")[0])
+        if self.faults:
+            point = operation.partition(" ")[0]
+            self.seen[point] += 1
+            self._hit(point, self.step, self.seen[point])
 
-    def hit(self, point: str) -> None:
+    def _hit(self, point: str, step: int, count: int) -> None:
         """Fail here, if that is asked for."""
-        if not self.faults:
-            return
-        self.seen[point] += 1
         for fault in self.faults:
-            if fault.point == point and fault.count == self.seen[point] and fault.step in (None, self.step):
-                _fail(fault, self.step)
+            if fault.point == point and fault.count == count and fault.step in (None, step):
+                _fail(fault, step)
 
 
 def parse(text: str) -> Fault:

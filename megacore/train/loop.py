@@ -54,6 +54,7 @@ def run(info: RankInfo, config: RunConfig, device: torch.device, phases: Phases,
         reporter.fault(error)
         raise
     finally:
+        keeper.close()
         reporter.close()
 
 

@@ -157,6 +157,10 @@ class Reporter:
         size, seconds = human_bytes(outcome.num_bytes), human_time(outcome.seconds)
         console.line(f"{console.paint('saved', 'cyan')}  step {outcome.step}: {size} in {seconds} → {outcome.folder}")
         events.write("save", **facts, seconds=round(outcome.seconds, 3), removed=list(outcome.removed))
+        if outcome.remark:
+            text = f"step {outcome.step} is saved, but what comes after failed: {outcome.remark}"
+            console.line(f"{console.paint('warning', 'yellow', 'bold')}  {text}")
+            events.write("warning", step=outcome.step, text=text)
 
     def exported(self, result: Exported | None) -> None:
         """An export has ended."""

@@ -13,6 +13,7 @@ and everything random is one of the seed and an index.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,13 +32,20 @@ from megacore.train.build import Built
 OPTIM, STATE, CLOCK = "optim/", "state/", "optim/clock"
 
 
+class Writers(NamedTuple):
+    """Ranks that hold the same parts: what they share, this rank's place among them, how many they are."""
+
+    what: str
+    place: int
+    number: int
+
+
 @dataclass(frozen=True)
 class Held:
-    """A part that this rank has. ``writers``: (this rank's place among those who could write it, how many they are);
-    None where it is another's to write."""
+    """A part that this rank has; ``writers`` are those who could write it, None where that is another's to do."""
 
     part: Part
-    writers: tuple[int, int] | None
+    writers: Writers | None
 
 
 class State:
@@ -49,10 +57,13 @@ class State:
         self.tp = built.mesh.tp
         mesh, sharded = built.mesh, built.storage.policy.optimizer
         cp, copies = mesh.cp, mesh.dp_replicate if sharded else mesh.dp
-        self.replicas = (copies.rank * cp.size + cp.rank, copies.size * cp.size)
-        self.whole = (mesh.dp.rank * cp.size + cp.rank, mesh.dp.size * cp.size)
-        self.stage_ranks = (self.whole[0] * self.tp.size + self.tp.rank, self.whole[1] * self.tp.size)
+        self.replicas = Writers("runs", copies.rank * cp.size + cp.rank, copies.size * cp.size)
+        self.whole = Writers("whole tensors", mesh.dp.rank * cp.size + cp.rank, mesh.dp.size * cp.size)
+        place, number = self.whole.place * self.tp.size + self.tp.rank, self.whole.number * self.tp.size
+        self.stage_ranks = Writers("margins", place, number)
+        self.everyone = Writers("numbers", mesh.rank, mesh.world.size)
         self.held = list(self._held())
+        self.initial = {part.key: part.tensor.clone() for part in self.parts if part.key.startswith(STATE)}
 
     @property
     def parts(self) -> list[Part]:
@@ -63,7 +74,7 @@ class State:
         """Slices that this rank writes; of what several ranks hold each writes about as much."""
         found = []
         for writers in dict.fromkeys(each.writers for each in self.held if each.writers):
-            place, number = writers
+            _, place, number = writers
             slices = [part for each in self.held if each.writers == writers for part in each.part.in_slices()]
             total, done = sum(part.num_bytes for part in slices), 0
             for part in slices:
@@ -73,13 +84,31 @@ class State:
                 done += part.num_bytes
         return found
 
+    def lacking(self, checkpoint: Checkpoint) -> str:
+        """Why its optimizer's state is not enough for this run, or ''."""
+        sides = checkpoint.manifest.tensors, (part.key for part in self.parts)
+        there, wanted = ({key.split("/")[1] for key in keys if key.startswith(OPTIM)} for keys in sides)
+        if not wanted - there:
+            return ""
+        missing = ", ".join(sorted(wanted - there))
+        return (
+            f"optim: {checkpoint.what} has no {missing}, which the optimizer keeps with these settings; set them back, "
+            "or start anew from its weights with checkpoint.init_from"
+        )
+
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
-        """Take everything from a checkpoint.
+        """Take everything from a checkpoint. What loss scale and clipping remember begins anew where it has none: the
+        run that saved it had none of them.
 
         Raises ValueError where something is damaged, missing or of another shape; state is then neither old nor new.
         """
-        checkpoint.load(self._directly(checkpoint))
+        there = checkpoint.manifest.tensors
+        for part in self.parts:
+            if part.key in self.initial and part.key not in there:
+                part.tensor.copy_(self.initial[part.key])
+        wanted = (part for part in self._directly(checkpoint) if part.key not in self.initial or part.key in there)
+        checkpoint.load(wanted)
         rule = self.built.trainer.rule
         rule.set_clock(rule.clock.clone())  # rules that are made of several pass it on
 
@@ -108,19 +137,19 @@ class State:
         lower: Sequence[Tensor | None] = storage.lower or [None] * len(storage.runs)
         for run, weight, low in zip(storage.runs, storage.weights, lower):
             yield from self._elements(f"{WEIGHTS}{run.name}", run, weight, low)
-        for stage in self.built.stages.values():
-            for name, param in stage.named_parameters():
-                if name not in storage.parameters:  # frozen: whole on every rank
-                    run = Run(name, 0, param.numel(), 0)
-                    yield from self._elements(f"{WEIGHTS}{name}", run, param.data.view(-1), None, self.whole)
+        # a tied matrix is one parameter of two stages
+        named = {name: param for stage in self.built.stages.values() for name, param in stage.named_parameters()}
+        for name, param in named.items():
+            if name not in storage.parameters:  # frozen: whole on every rank
+                run = Run(name, 0, param.numel(), 0)
+                yield from self._elements(f"{WEIGHTS}{name}", run, param.data.view(-1), None, self.whole)
         yield from self._of_optimizer()
-        first = (self.mesh.rank, self.mesh.world.size)
         numbers = {CLOCK: trainer.rule.clock}
         numbers |= {f"{STATE}loss_scale/{name}": tensor for name, tensor in trainer.loss_scale.state().items()}
         numbers |= {f"{STATE}clip/{name}": tensor for name, tensor in trainer.clip.state().items()}
         for key, tensor in numbers.items():
             shape = tuple(tensor.shape)
-            yield Held(Part(key, shape, (0,) * len(shape), shape, tensor), first)
+            yield Held(Part(key, shape, (0,) * len(shape), shape, tensor), self.everyone)
 
     def _of_optimizer(self) -> Iterator[Held]:
         rule, kinds = self.built.trainer.rule, kinds_of(self.built.config.optim.name)
@@ -145,7 +174,7 @@ class State:
         return name == TIED and 0 not in self.built.stages
 
     def _elements(
-        self, key: str, run: Run, tensor: Tensor, lower: Tensor | None, writers: tuple[int, int] | None = None
+        self, key: str, run: Run, tensor: Tensor, lower: Tensor | None, writers: Writers | None = None
     ) -> Iterator[Held]:
         """A run, as the rectangles of its parameter that it consists of."""
         spec = self.spec_of[run.name]
