@@ -46,13 +46,13 @@ class GlobalNorm:
 
 
 def sums_of_squares(tensors: list[Tensor], places: Tensor, size: int) -> Tensor:
-    """Squared norms of ``tensors``, added up at their ``places`` of a float64 [size].
+    """Squared norms of ``tensors``, added up at their ``places`` of a float64 [size]; tensors may be in host memory.
 
     16-bit tensors are taken in float32, whose range their squares need.
     """
     sums = torch.zeros(size, dtype=torch.float64, device=places.device)
     if tensors:
         dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-        norms = torch.stack(torch._foreach_norm(tensors, 2, dtype)).to(torch.float64)
+        norms = torch.stack(torch._foreach_norm(tensors, 2, dtype)).to(sums.device, torch.float64)
         sums.index_add_(0, places, norms.square_())
     return sums

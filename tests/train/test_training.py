@@ -66,6 +66,7 @@ LAYOUTS = {
     "dp": ("parallel.dp=2",),
     "zero": ("parallel.dp=2", "parallel.zero=3"),
     "pp": ("parallel.pp=2",),
+    "offload": ("parallel.dp=2", "parallel.zero=1", "optim.offload=cpu", "parallel.recompute=offload"),
 }
 
 
