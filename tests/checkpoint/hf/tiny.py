@@ -82,7 +82,7 @@ MODELS = {
             "rotary_pct": 0.5,
         },
     ),
-    "olmo2": Tiny("Olmo2", {**EVEN, "num_key_value_heads": 2, "max_position_embeddings": 64}),
+    "olmo2": Tiny("Olmo2", {**EVEN, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": None}),
     "phi3": Tiny("Phi3", PHI3),
     "phi3-longrope": Tiny("Phi3", {**PHI3, **LONGROPE}),
     "phi3-partial": Tiny(
@@ -99,6 +99,7 @@ MODELS = {
         "Gemma2",
         {
             **LLAMA,
+            "pad_token_id": None,  # else HF's embedding gives that token no gradient
             "sliding_window": 7,
             "query_pre_attn_scalar": 24,
             "attn_logit_softcapping": 1.5,
@@ -109,6 +110,7 @@ MODELS = {
         "Gemma2",
         {
             **ONE_KV,
+            "pad_token_id": None,
             "sliding_window": 9,
             "attn_logit_softcapping": None,
             "final_logit_softcapping": None,
