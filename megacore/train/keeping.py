@@ -209,7 +209,7 @@ class Keeper:
                 error = reason
         agree(error, self.world)
         paths, were_there = gather_objects(found, self.world)[0]
-        return [reduce(Store.child, path, where) for path in paths], were_there
+        return [_below(where, path) for path in paths], were_there
 
     def _take_up(self, folder: Store) -> Checkpoint | str:
         """The checkpoint, loaded, or why that cannot be, the same on all ranks."""
@@ -255,12 +255,17 @@ class Keeper:
         agree(error, self.world)
 
 
+def _below(store: Store, names: tuple[str, ...]) -> Store:
+    """The folder to which names lead."""
+    return reduce(lambda folder, name: folder.child(name), names, store)
+
+
 def _finished(where: Store) -> tuple[list[tuple[str, ...]], bool]:
     """As ``Keeper._candidates``, each folder as the names that lead to it."""
     if MANIFEST in where.names():
         return [()], False
-    inner = (CHECKPOINTS,) if CHECKPOINTS in where.folders() else ()
-    store = reduce(Store.child, inner, where)
+    inner: tuple[str, ...] = (CHECKPOINTS,) if CHECKPOINTS in where.folders() else ()
+    store = _below(where, inner)
     steps = [step for step, _, is_finished in steps_in(store) if is_finished]
     return [(*inner, folder_of(step)) for step in steps], LATEST in store.names()
 
