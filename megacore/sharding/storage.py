@@ -308,12 +308,13 @@ def _buckets_of(
             found[unit] = sorted({bucket_of[name] for name in params if name in bucket_of}, reverse=True)
         return found
     owner: dict[str, Unit] = {}
-    for unit, params in reversed(units.items()):
-        owner |= dict.fromkeys(params, unit)
+    for unit, params in units.items():
+        owner = dict.fromkeys(params, unit) | owner
     last = [min(owner[name] for name, _ in group) for _, group in groups]
-    for stage, unit in units:
-        found[stage, -1] = [n for n in reversed(range(len(groups))) if groups[n][0] == (stage, -1)]
-        found[stage, unit] = [n for n in found[stage, -1] if last[n] == (stage, unit)]
+    for unit in units:
+        whole = unit[0], -1
+        found[whole] = [n for n in reversed(range(len(groups))) if groups[n][0] == whole]
+        found[unit] = [n for n in found[whole] if last[n] == unit]
     return found
 
 
