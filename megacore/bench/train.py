@@ -47,6 +47,23 @@ FEATURES = MappingProxyType(
 )
 """What the baselines can compute; the rest of the model's keys must be off."""
 
+ABSENT = (
+    "qk_norm",
+    "qkv_bias",
+    "attention_out_bias",
+    "mlp_bias",
+    "sliding_window",
+    "dropout",
+    "num_experts",
+    "parallel_residual",
+    "norm_unit_offset",
+    "attention_softcap",
+    "logit_softcap",
+    "scale_embeddings",
+    "attention_scale_dim",
+)
+"""Keys of what they leave out."""
+
 SAME_LOSS = 0.05
 """Untrained models of one shape differ in their first loss by less than this share, whatever their random weights."""
 
@@ -99,9 +116,7 @@ def configure(overrides: Sequence[str] = ()) -> RunConfig:
     config = load(None, [*SHAPE, *overrides])
     model = config.model
     wrong = [f"model.{key}={getattr(model, key)}" for key, value in FEATURES.items() if getattr(model, key) != value]
-    unknown = ("qk_norm", "qkv_bias", "attention_out_bias", "mlp_bias", "sliding_window", "dropout", "num_experts")
-    unknown += ("parallel_residual", "norm_unit_offset", "attention_softcap", "logit_softcap", "scale_embeddings")
-    wrong += [f"model.{key}={getattr(model, key)}" for key in (*unknown, "attention_scale_dim") if getattr(model, key)]
+    wrong += [f"model.{key}={getattr(model, key)}" for key in ABSENT if getattr(model, key)]
     wrong += [f"model.{key}" for key in ("tie_embeddings", "attention_dropout") if getattr(model, key)]
     wrong += ["model.rope_scaling"] if model.rope_scaling.type != "none" else []
     wrong += [f"precision.dtype={config.precision.dtype}"] if config.precision.dtype != "fp32" else []
