@@ -1,9 +1,9 @@
-"""`megacore convert`: weights to and from Hugging Face folders, and the proof that they are right.
+"""`megacore convert`: weights to and from Hugging Face folders, from Megatron-LM, and the proof that they are right.
 
 from-hf: an HF folder becomes a checkpoint that holds weights alone; checkpoint.init_from takes it, as it takes the
-folder itself. to-hf: a checkpoint, or the newest of a run, becomes an HF folder. verify: two of them, weight by weight
-and logit by logit; exit code 1 where they differ. The package transformers is needed for none of it; verify uses it if
-it is there.
+folder itself. from-megatron: the same of a checkpoint of Megatron-LM. to-hf: a checkpoint, or the newest of a run,
+becomes an HF folder. verify: two of them, weight by weight and logit by logit; exit code 1 where they differ. The
+package transformers is needed for none of it; verify uses it if it is there.
 """
 
 import argparse
@@ -45,11 +45,24 @@ def parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("from-hf", help="HF folder -> checkpoint of weights")
     one.add_argument("source", metavar="SRC", help=f"the HF folder: config.json and safetensors files; {places}")
-    one.add_argument("target", metavar="DST", help="the checkpoint's folder")
-    one.add_argument(
-        "--vocab-size", type=int, default=0, metavar="N", help="keep the first N rows of a vocabulary that was padded"
-    )
     one.set_defaults(run=from_hf)
+
+    third = commands.add_parser("from-megatron", help="checkpoint of Megatron-LM -> checkpoint of weights")
+    third.add_argument(
+        "source",
+        metavar="SRC",
+        help=f"the folder of latest_checkpointed_iteration.txt, or of one iteration: torch_dist or legacy; {places}",
+    )
+    third.set_defaults(run=from_megatron)
+    for command in (one, third):
+        command.add_argument("target", metavar="DST", help="the checkpoint's folder")
+        command.add_argument(
+            "--vocab-size",
+            type=int,
+            default=0,
+            metavar="N",
+            help="keep the first N rows of a vocabulary that was padded",
+        )
 
     other = commands.add_parser("to-hf", help="checkpoint -> HF folder (or HF folder -> other shards or dtype)")
     other.add_argument("source", metavar="SRC", help=f"a checkpoint, or a run: its newest one; {places}")
@@ -62,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     )
     other.set_defaults(run=to_hf)
 
-    for command in (one, other):
+    for command in (one, third, other):
         command.add_argument(
             "--dtype",
             default="keep",
@@ -79,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     proof.add_argument("target", metavar="DST")
     proof.add_argument("--tokens", type=int, default=256, metavar="N", help="random tokens to compute logits of (256)")
     proof.set_defaults(run=verify)
-    for command in (one, other, proof):
+    for command in (one, third, other, proof):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -101,6 +114,25 @@ def from_hf(arguments: argparse.Namespace, console: "Console") -> int:
         report=_progress(console),
     )
     facts = {"folder": done.folder, "family": source.model.family, "parameters": done.num_params}
+    return _told(arguments, facts, done.files, done.num_bytes, time.perf_counter() - began, source.notes)
+
+
+def from_megatron(arguments: argparse.Namespace, console: "Console") -> int:
+    """A checkpoint of Megatron-LM becomes one of ours."""
+    from megacore.checkpoint.megatron.source import import_megatron
+
+    began = time.perf_counter()
+    source, done = import_megatron(
+        arguments.source,
+        arguments.target,
+        arguments.dtype,
+        vocab_size=arguments.vocab_size,
+        num_workers=_workers(arguments.workers),
+        force=arguments.force,
+        report=_progress(console),
+    )
+    facts = {"folder": done.folder, "family": source.model.family, "parameters": done.num_params}
+    facts["format"] = source.format
     return _told(arguments, facts, done.files, done.num_bytes, time.perf_counter() - began, source.notes)
 
 
