@@ -50,12 +50,35 @@ def parser() -> argparse.ArgumentParser:
     keys = argparse.ArgumentParser(add_help=False)
     keys.add_argument("overrides", nargs="*", metavar="key=value", help="model.*, train.* and optim.* keys of a run")
 
+    add_files(groups, common, cases, keys)
+    add_steps(groups, common, cases, keys)
+    return parser
+
+
+def add_files(groups: Any, common: Any, cases: Any, keys: Any) -> None:
+    """What reads and writes: data, checkpoints, conversions."""
     data = groups.add_parser(
         "data", parents=[common], help="building sample indices against megatron-core, tokenising against libraries"
     )
     data.add_argument("--case", default="", metavar="WORDS", help="only those whose name contains this")
     data.add_argument("--rounds", type=int, default=7, help="timed runs of each side (default 7)")
     data.set_defaults(measure=measure_data)
+    keeping = groups.add_parser(
+        "checkpoint", parents=[common, cases, keys], help="saving and loading against torch.distributed.checkpoint"
+    )
+    keeping.add_argument("--rounds", type=int, default=9, help="timed saves of each side (default 9)")
+    keeping.add_argument("--folder", metavar="PATH", help="where to write (default: a temporary folder)")
+    keeping.set_defaults(measure=measure_checkpoint)
+    convert = groups.add_parser(
+        "convert", parents=[common, cases, keys], help="conversion as whole commands, against transformers"
+    )
+    convert.add_argument("--rounds", type=int, default=3, help="timed runs of each side (default 3)")
+    convert.add_argument("--folder", metavar="PATH", help="where to write (default: a temporary folder)")
+    convert.set_defaults(measure=measure_convert)
+
+
+def add_steps(groups: Any, common: Any, cases: Any, keys: Any) -> None:
+    """What computes: steps of training, and parts of them."""
     step = groups.add_parser("train", parents=[common, cases, keys], help="a training step: one process, tp=2, dp=2")
     step.add_argument("--rounds", type=int, default=30, help="timed steps of each side (default 30)")
     step.set_defaults(measure=measure_train)
@@ -91,20 +114,7 @@ def parser() -> argparse.ArgumentParser:
         "optim", parents=[common, cases, keys], help="a step of every optimizer against torch's AdamW and a plain copy"
     )
     optim.add_argument("--rounds", type=int, default=15, help="timed steps of each side (default 15)")
-    keeping = groups.add_parser(
-        "checkpoint", parents=[common, cases, keys], help="saving and loading against torch.distributed.checkpoint"
-    )
-    keeping.add_argument("--rounds", type=int, default=9, help="timed saves of each side (default 9)")
-    keeping.add_argument("--folder", metavar="PATH", help="where to write (default: a temporary folder)")
-    keeping.set_defaults(measure=measure_checkpoint)
-    convert = groups.add_parser(
-        "convert", parents=[common, cases, keys], help="conversion as whole commands, against transformers"
-    )
-    convert.add_argument("--rounds", type=int, default=3, help="timed runs of each side (default 3)")
-    convert.add_argument("--folder", metavar="PATH", help="where to write (default: a temporary folder)")
-    convert.set_defaults(measure=measure_convert)
     optim.set_defaults(measure=measure_optim, report="megacore.bench.optim_report", found="cases")
-    return parser
 
 
 def measure_data(arguments: argparse.Namespace) -> list["Comparison"]:

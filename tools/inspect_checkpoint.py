@@ -3,7 +3,8 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 
@@ -67,7 +68,7 @@ def checkpoint_lines(facts: dict[str, Any]) -> Iterator[str]:
     if "verified" in facts:
         yield f"verified    all {human_bytes(facts['verified'])} have their hashes"
     yield ""
-    rows = [("group", "tensors", "elements", "bytes", "slices", "format")]
+    rows: list[tuple[str, ...]] = [("group", "tensors", "elements", "bytes", "slices", "format")]
     for name, group in sorted(facts["groups"].items()):
         numbers = (str(group["tensors"]), human_count(group["elements"]), human_bytes(group["bytes"]))
         rows.append((name, *numbers, str(group["slices"]), ", ".join(group["dtypes"])))
@@ -114,7 +115,7 @@ def hf_lines(facts: dict[str, Any]) -> Iterator[str]:
     yield f"files beside the weights: {', '.join(facts['attachments']) or 'none'}"
 
 
-def aligned(rows: list[tuple[str, ...]]) -> Iterator[str]:
+def aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     """Columns, the first to the left."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     for first, *rest in rows:
@@ -124,7 +125,8 @@ def aligned(rows: list[tuple[str, ...]]) -> Iterator[str]:
 
 
 AXES = ("tp", "pp", "dp", "cp", "ep")
-SHOWN = {"checkpoint": checkpoint_lines, "run": run_lines, "hf": hf_lines}
+Lines = Callable[[dict[str, Any]], Iterator[str]]
+SHOWN: Mapping[str, Lines] = MappingProxyType({"checkpoint": checkpoint_lines, "run": run_lines, "hf": hf_lines})
 
 
 if __name__ == "__main__":

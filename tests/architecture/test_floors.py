@@ -46,7 +46,7 @@ NEIGHBOURS = {
     "verify": {"train", "monitor"},
     "bench": {"train", "monitor"},
     "corpora": {"monitor"},
-    "demo": {"monitor"},
+    "demo": {"monitor", "verify"},
     "tools": {"launch"},
 }
 

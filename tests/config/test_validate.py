@@ -9,7 +9,6 @@ from megacore.config.errors import ConfigError
 from megacore.config.load import all_keys, load
 from megacore.config.presets import preset_names
 from megacore.config.resolve import resolve
-from megacore.config.schema import CheckpointConfig
 from megacore.config.supported import WORKS, unsupported
 from megacore.config.validate import check, validate
 from megacore.config.write import flatten
@@ -274,21 +273,12 @@ REFUSED = {
     "parallel.cp": 2,
     "parallel.ep": 2,
     "precision.fp8": "delayed",
-    "checkpoint.save_every": 5,
-    "checkpoint.keep": 2,
-    "checkpoint.async_save": False,
-    "checkpoint.resume": "auto",
-    "checkpoint.init_from": "folder",
-    "checkpoint.export_hf_every": 5,
     "log.wandb": True,
 }
 
 
 def test_the_table_of_what_works_speaks_of_existing_keys():
     assert WORKS.keys() <= all_keys().keys()
-    assert {key for key in WORKS if key.startswith("checkpoint.")} == {
-        f"checkpoint.{name}" for name in flatten(CheckpointConfig())
-    }
 
 
 @pytest.mark.parametrize("key", WORKS)

@@ -5,8 +5,10 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
-from torch.distributed import ProcessGroup, checkpoint
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.device_mesh import DeviceMesh
 
 from megacore.bench.baselines.fsdp import shard
@@ -31,14 +33,14 @@ class Checkpointed:
 
     def save(self, folder: str) -> None:
         """Durable when it returns: the writer's default is to sync files."""
-        checkpoint.save(self.state, checkpoint_id=folder, process_group=self.group)
+        save(self.state, checkpoint_id=folder, process_group=self.group)
 
     def start_save(self, folder: str) -> Callable[[], object]:
         """Returns when state may change; what it gives waits for the end."""
-        saving = checkpoint.async_save(self.state, checkpoint_id=folder, process_group=self.group)
+        saving = async_save(self.state, checkpoint_id=folder, process_group=self.group)
         assert isinstance(saving, Future)
         return saving.result
 
     def load(self, folder: str) -> None:
         """Into the tensors that are there."""
-        checkpoint.load(self.state, checkpoint_id=folder, process_group=self.group)
+        load(self.state, checkpoint_id=folder, process_group=self.group)
