@@ -58,7 +58,7 @@ MQA = {
     },
     "activation": "relu2",
 }
-LLAMA3 = {**LLAMA, "model": {**LLAMA["model"], "rope_scaling": True, "rotary_base": 50}}
+LLAMA3 = {**LLAMA, "model": {**LLAMA["model"], "rope_scaling": True, "rotary_base": 500000}}
 EXACT_GELU = {**GPT, "config": {**SIZES, "bias_activation_fusion": False}}
 
 TWO = (
