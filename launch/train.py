@@ -55,8 +55,15 @@ def requested(args: argparse.Namespace, info: RankInfo | None) -> tuple[RunConfi
     if args.run and "=" in args.run:  # only overrides were given
         args.overrides.insert(0, args.run)
         args.run = None
-    if not args.run and not args.preset:
-        raise ValueError("megacore train needs a run file or --preset NAME; `megacore presets` lists the presets")
+    if (
+        not args.run
+        and not args.preset
+        and not any(word.startswith("checkpoint.init_from=") for word in args.overrides)
+    ):
+        raise ValueError(
+            "megacore train needs a run file, --preset NAME (`megacore presets` lists them) or a model to begin with: "
+            "checkpoint.init_from=FOLDER"
+        )
     if args.nproc is not None and args.nproc < 1:
         raise ValueError(f"--nproc={args.nproc} must be at least 1; leave it out for as many as the layout needs")
     if info is not None and args.nproc is not None:
