@@ -100,24 +100,23 @@ class Loop:
             evaluates, samples = self.due(c.train.eval_every, step), self.due(c.log.sample_every, step)
             saves = self.due(c.checkpoint.save_every, step) or self.due(c.checkpoint.export_hf_every, step)
             if evaluates:
-                self.late.val_loss = self.evaluate()
+                self.late.val_loss = val_loss = self.evaluate()
             if samples:
                 self.flush()
                 self.sample(step)
             self.keeper.poll(self.reporter)
             if saves:
-                self.save(step)
+                self.save(step, val_loss if evaluates else None)
             # a step lasts from the end of the one before, but for what is no training
             began = Mark(device) if evaluates or samples or saves else ended
         self.flush()
         self.keeper.finish(self.reporter)
         self.reporter.finish()
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, val_loss: Tensor | None) -> None:
         """Keep the state after a step. Its figures are written down before: what is resumed has no gap."""
-        val_loss = None if self.late is None or self.late.val_loss is None else self.late.val_loss.item()
         self.flush()
-        self.keeper.save(step, self.data, self.reporter, val_loss)
+        self.keeper.save(step, self.data, self.reporter, None if val_loss is None else val_loss.item())
 
     def due(self, every: int, step: int) -> bool:
         """Whether what happens every so many steps, and after the last, happens after this one; 0: never."""

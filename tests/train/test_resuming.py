@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from megacore.data.indexed import IndexedWriter
 from megacore.data.sampler import Batch, BatchPlan
 from megacore.exits import run
 from megacore.launch.train import main
+from megacore.model.inputs import Inputs
 from megacore.monitor.jsonl import read_json_lines
 from megacore.monitor.run_folder import EVENTS, LOG, METRICS
 from megacore.train.failpoints import VARIABLE, Provoked
+from megacore.train.feed import Feed
 from megacore.train.loop import Loop
 from tests.checkpoint.common import digests
 
@@ -186,12 +189,12 @@ def test_killed_and_started_again(ranks: int, corpus: str, alone: dict[str, Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("point", ["write#1", "write#9", "fsync#1", "rename#1", "rename#2", "remove#1"])
+@pytest.mark.parametrize(
+    ("point", "rank"),
+    [*product(("write#1", "write#9", "fsync#1"), (0, 1)), ("rename#1", 0), ("rename#2", 0), ("remove#1", 0)],
+)
 def test_killed_in_a_save(point: str, rank: int, corpus: str, tmp_path: Path) -> None:
     """Of two ranks one dies in the third save, which takes the first checkpoint away."""
-    if rank == 1 and not point.startswith(("write", "fsync")):
-        pytest.skip("rank 0 does that")
     words = words_of(corpus, tmp_path / "run", *LAYOUTS["zero"], "checkpoint.keep=2", "--nproc", "2")
     assert "SIGKILL" in killed(f"{point}:{rank}:6:kill", words)
     assert Checkpoint.open(str(tmp_path / "run")).manifest.step in (4, 6)
@@ -231,9 +234,20 @@ def test_one_process_takes_up_what_two_left(layout: str, corpus: str, alone: dic
 def test_other_batches_and_rates_go_on_at_the_next_sample(
     corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    ordinals: list[list[int]] = []
+    step_of_feed = Feed.step
+
+    def watched(feed: Feed, step: int) -> list[Inputs]:
+        microbatches = step_of_feed(feed, step)
+        ordinals.append([int(ordinal) for inputs in microbatches for ordinal in inputs.ordinal_b])
+        return microbatches
+
     interrupted(monkeypatch, 4, words_of(corpus, tmp_path))
+    monkeypatch.setattr(Feed, "step", watched)
     capsys.readouterr()
     assert main(words_of(corpus, tmp_path, "train.global_batch_size=4", "optim.lr=0.02")) == 0
+    assert list(map(len, ordinals)) == [4, 4, 4, 4]
+    assert [ordinal for batch in ordinals for ordinal in batch] == list(range(16, 32)), "none lost, none met twice"
     (resume,) = events(tmp_path, "resume")
     assert (resume["step"], resume["samples"]) == (2, 16)
     said = capsys.readouterr().out
@@ -243,6 +257,28 @@ def test_other_batches_and_rates_go_on_at_the_next_sample(
     assert BatchPlan(4, 2, (), (3, 16)).batch(3) == Batch(16, 4)
     state = Checkpoint.open(str(tmp_path)).manifest.state
     assert state["samples"] == 32
+
+
+def test_a_run_is_made_longer(corpus: str, tmp_path: Path) -> None:
+    """Past the end of an epoch, too: the order of samples does not depend on how many there will be."""
+    more = ("optim.lr_schedule=constant", "train.global_batch_size=64", "train.eval_every=0")
+    assert main(words_of(corpus, tmp_path / "run", *more, "train.steps=4")) == 0
+    assert main(words_of(corpus, tmp_path / "run", *more, "train.steps=8")) == 0
+    assert main(words_of(corpus, tmp_path / "whole", *more, "train.steps=8")) == 0
+    assert figures(tmp_path / "run") == figures(tmp_path / "whole")
+    assert last_state(tmp_path / "run", 8) == last_state(tmp_path / "whole", 8)
+    assert "train.steps: 4 -> 8 (safe)" in events(tmp_path / "run", "resume")[0]["changes"]
+
+
+def test_the_best_checkpoint_stays(corpus: str, tmp_path: Path) -> None:
+    """Also where a text was sampled after the evaluation."""
+    sampled = ("log.sample_every=2", 'log.sample_prompts=["ab"]', "log.sample_tokens=2")
+    assert main(words_of(corpus, tmp_path, *sampled, "checkpoint.keep=1", "checkpoint.keep_best=1")) == 0
+    losses = {record["step"]: record["val_loss"] for record in figures(tmp_path) if "val_loss" in record}
+    best = min(losses, key=lambda step: losses[step])
+    folders = {each.name for each in (tmp_path / "checkpoints").glob("step-*")}
+    assert folders == {folder_of(best), folder_of(STEPS)}
+    assert Checkpoint.open(str(tmp_path)).manifest.state["val_loss"] == losses[STEPS]
 
 
 def test_state_that_was_not_kept_begins_anew(corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
