@@ -174,7 +174,7 @@ def test_a_run_that_skips_all_says_so(corpus: str, tmp_path: Path, capsys: pytes
 def test_a_fault_is_in_the_folder(
     corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(loop: Loop) -> None:
+    def fail(loop: Loop, first_step: int) -> None:
         raise KeyError("the cause")
 
     monkeypatch.setattr(Loop, "run", fail)
