@@ -49,5 +49,7 @@ def newest(store: Store) -> Store:
             reasons.append(str(reason))
         else:
             return folder
+    if not store.names() and not store.folders():
+        raise ValueError(f"there is nothing at {store.describe()}; give a checkpoint, or a run that has some")
     why = "".join(f"\n  {reason}" for reason in reasons)
     raise ValueError(f"{store.describe()} holds no whole checkpoint (a folder {PREFIX}N with a {MANIFEST}){why}")

@@ -33,6 +33,10 @@ ROOM = 1 << 26
 """Bytes that must be left on a disk beside the checkpoint: for manifest, attachments and logs."""
 
 
+PROBE = "probe"
+"""A file that is written and removed."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """What a checkpoint says besides its tensors; rank 0's counts."""
@@ -86,6 +90,27 @@ class Saver:
         self.staged: list[Tensor] = []
         self.thread: Thread | None = None
         self.outcome: Outcome | None = None
+
+    def preflight(self) -> None:
+        """Before any work is done: raise ValueError, on all ranks, where a checkpoint cannot be written."""
+        total = sum(gather_objects(self.num_bytes, self.group))
+        problem = ""
+        if self.group.rank == 0:
+            try:
+                self.store.replace(PROBE, b"written at the start of a run, to see that it can be\n")
+                self.store.remove(PROBE)
+                problem = self._room_problem(total)
+            except Exception as reason:  # of whatever kind: all ranks must hear of it
+                problem = f"checkpoints cannot be written to {self.store.describe()} ({reason})"
+        if problem := gather_objects(problem, self.group)[0]:
+            raise ValueError(f"{problem}; or name another place with checkpoint.folder")
+
+    def _room_problem(self, total: int) -> str:
+        """Why so many bytes do not fit, or ''."""
+        free = self.store.free_bytes()
+        if free is None or free >= total + ROOM:
+            return ""
+        return f"{self.store.describe()} has {free} bytes left, a checkpoint takes {total}; free some"
 
     @torch.no_grad()
     def start(self, facts: Facts) -> None:
@@ -152,9 +177,7 @@ class Saver:
                 remove_unfinished(self.store)  # what killed saves left behind
                 if folder.names():
                     folder.remove_all(first=MANIFEST)
-                free = folder.free_bytes()
-                if free is not None and free < total + ROOM:
-                    problem = f"{self.store.describe()} has {free} bytes left, the checkpoint takes {total}; free some"
+                problem = self._room_problem(total)
             except Exception as error:  # of whatever kind: all ranks must hear of it
                 problem = f"rank 0: {type(error).__name__}: {error}"
         return total, gather_objects(problem, self.group)[0]

@@ -71,6 +71,7 @@ class Keeper:
         self.failpoints = failpoints
         self.store = open_store(checkpoints_of(self.config), failpoints.notice)
         self.state = State(built)
+        self.goes_on_from = 0
         self.saver: Saver | None = None
         self.attachments: Mapping[str, bytes] = {}
         self.last: Outcome | None = None
@@ -83,7 +84,6 @@ class Keeper:
         """
         resume = self.config.checkpoint.resume
         if resume == "never":
-            self._put_aside(0)
             return None
         where = self.store if resume == "auto" else open_store(resume)
         rejected: list[str] = []
@@ -94,7 +94,7 @@ class Keeper:
                 rejected.append(taken)
                 continue
             own = _place(folder).parent == _place(self.store)
-            self._put_aside(taken.manifest.step if own else 0)
+            self.goes_on_from = taken.manifest.step if own else 0
             self.attachments = taken.attachments
             found = changes(taken.config, self.config)
             return Resumed(taken.what, taken.manifest.step, taken.manifest.state, own, tuple(found), tuple(rejected))
@@ -104,7 +104,6 @@ class Keeper:
                 f"checkpoint.resume={resume}: {where.describe()} holds no whole checkpoint; restore one, or set "
                 f"checkpoint.resume=never to begin anew{reasons}"
             )
-        self._put_aside(0)
         return None
 
     def begin_from(self, path: str) -> str:
@@ -123,7 +122,9 @@ class Keeper:
         return what
 
     def prepare(self, attachments: Mapping[str, bytes]) -> None:
-        """Get ready to save, if that will be due; ``attachments`` go with each checkpoint."""
+        """Make room for checkpoints, now that it is certain that the run begins, and get ready to save, if that will be
+        due; ``attachments`` go with each checkpoint."""
+        self._put_aside(self.goes_on_from)
         c = self.config.checkpoint
         if not (c.save_every or c.export_hf_every):
             return
@@ -131,6 +132,7 @@ class Keeper:
         retention = Retention(c.keep, c.keep_every, c.keep_best)
         group = self.built.mesh.beside()
         self.saver = Saver(self.store, self.state.own_parts(), group, retention, c.async_save, time.perf_counter)
+        self.saver.preflight()
         if c.export_hf_every and self.rank == 0:
             self.exporter = Exporter(self.store, Path(self.config.out) / "hf", c.export_dtype, retention)
 
