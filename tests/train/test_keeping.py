@@ -45,6 +45,7 @@ def resume_of_rank(rank: int, config: RunConfig, guilty: int, what: str) -> tupl
         spoil(keeper, what)
     try:
         resumed = keeper.resume()
+        keeper.prepare({})
     except (ValueError, PeerFailed) as error:
         return -1, [f"{type(error).__name__}: {error}"]
     assert resumed is not None

@@ -135,6 +135,10 @@ def killed(fault: str, words: list[str]) -> str:
     return done.stderr
 
 
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def told(capsys: pytest.CaptureFixture[str], words: list[str], code: int = 2) -> str:
     """Start a run that is refused; what it says, all of it before anything is trained."""
     capsys.readouterr()
@@ -303,13 +307,13 @@ def test_what_cannot_change_is_refused_at_once(
     corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     interrupted(monkeypatch, 4, words_of(corpus, tmp_path))
-    before = (tmp_path / METRICS).read_bytes()
+    before = files_in(tmp_path)
     other = ("model.num_layers=3", "train.seed=5", "optim.name=lion", "data.split=7,3,0", "data.temperature=2")
     error = told(capsys, words_of(corpus, tmp_path, *other))
     for key in other:
         assert key.partition("=")[0] in error
     assert error.count("was saved with") == len(other)
-    assert (tmp_path / METRICS).read_bytes() == before, "a refused run changes nothing"
+    assert files_in(tmp_path) == before, "a refused run changes nothing"
 
 
 def test_other_data_of_the_same_name_are_refused(
@@ -317,8 +321,13 @@ def test_other_data_of_the_same_name_are_refused(
 ) -> None:
     data = write_corpus(str(tmp_path / "letters"), 1)
     interrupted(monkeypatch, 4, words_of(data, tmp_path / "run"))
+    assert main(words_of(data, tmp_path / "run")) == 0
     write_corpus(data, 2)
-    assert "are not those that the checkpoint" in told(capsys, words_of(data, tmp_path / "run"))
+    before = files_in(tmp_path / "run")
+    back = f"checkpoint.resume={tmp_path / 'run' / 'checkpoints' / folder_of(2)}"
+    for more in ((), (back,)):
+        assert "are not those that the checkpoint" in told(capsys, words_of(data, tmp_path / "run", *more))
+        assert files_in(tmp_path / "run") == before, "a refused run changes nothing"
 
 
 def test_data_may_move(alone: dict[str, Path], corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
