@@ -15,6 +15,9 @@ from megacore.config.resolve import resolve_model, rotary_dims
 from megacore.config.schema import ModelConfig, RunConfig
 from megacore.config.settings import setting_problems
 
+BLOCK = 64
+"""Elements of a moment in 8 bits that share a scale: ``optim.quantise.BLOCK``."""
+
 Rule = Callable[[RunConfig, int | None], Iterator[str]]
 
 
@@ -223,6 +226,19 @@ def _optim(config: RunConfig, world_size: int | None) -> Iterator[str]:
         )
 
 
+def _copied_heads(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    """Moments in 8 bits of kv heads that several tp ranks hold: a block that also has elements of other heads, which
+    differ from rank to rank, would have another scale on each, and the copies would drift apart."""
+    m, tp = resolve_model(config.model, config.train.seq_len), config.parallel.tp
+    what, number = ("values in its bias", m.head_dim) if m.qkv_bias else ("weights", m.head_dim * m.hidden_size)
+    if config.optim.state_dtype == "int8" and tp > m.num_kv_heads and number % BLOCK:
+        yield (
+            f"parallel.tp={tp} copies each of model.num_kv_heads={m.num_kv_heads}, whose {number} {what} are no "
+            f"multiple of {BLOCK}, the elements that share a scale under optim.state_dtype=int8; use parallel.tp="
+            f"{m.num_kv_heads} or less, or optim.state_dtype=bf16"
+        )
+
+
 def _clipping(config: RunConfig, world_size: int | None) -> Iterator[str]:
     o = config.optim
     if o.clip in ("value", "adagc") and not o.clip_grad:
@@ -367,6 +383,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_batch, ("parallel", "train")),
     (_optim, ("optim", "train.steps")),
     (_offload, ("optim.offload", "optim.offload_folder", "precision.master", "train.device")),
+    (_copied_heads, ("model", "parallel.tp", "optim.state_dtype", "train.seq_len")),
     (_clipping, ("optim.clip", "optim.clip_grad")),
     (_param_groups, ("optim.groups",)),
     (_precision, ("precision",)),

@@ -20,6 +20,16 @@ BROKEN = [
     (["parallel.tp=4", "model.ffn_hidden_size=130"], 4, "does not divide model.ffn_hidden_size=130; use 2 or 5"),
     (["parallel.tp=2"], 3, "parallel.tp*pp*cp=2*1*1=2 does not divide the 3 ranks; start 2 or 4 ranks"),
     (["parallel.tp=8"], 4, "start 8 ranks"),
+    (
+        ["parallel.tp=16", "optim.state_dtype=int8", "model.qkv_bias=true", "model.head_dim=96"],
+        16,
+        "whose 96 values in its bias are no multiple of 64",
+    ),
+    (
+        ["parallel.tp=16", "optim.state_dtype=int8", "model.hidden_size=4100", "model.head_dim=24"],
+        16,
+        "use parallel.tp=8 or less, or optim.state_dtype=bf16",
+    ),
     (["parallel.dp=4", "train.global_batch_size=4"], 2, "leave dp out to derive 2, or start 4 ranks"),
     (["parallel.tp=2", "parallel.sequence_parallel=true", "train.seq_len=33"], 2, "use train.seq_len=32 or 34"),
     (["parallel.regather_inputs=true"], 1, "needs parallel.sequence_parallel=true"),
