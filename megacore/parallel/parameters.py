@@ -29,18 +29,21 @@ class ParameterMaker:
     seed: int
     prefix: str = ""
     filled: bool = True
-    """Whether parameters are initialised at once; else they are memory for somebody who fills them."""
+    """Whether parameters are initialised at once; else they have no memory, for somebody who gives them some."""
 
     def below(self, name: str) -> "ParameterMaker":
         """The maker for the parameters of part ``name``."""
         return replace(self, prefix=f"{self.prefix}{name}.")
 
     def __call__(self, name: str) -> nn.Parameter:
-        """Parameter ``name`` of local shape, initialised (not on the meta device, and not unless ``filled``)."""
+        """Parameter ``name`` of local shape, initialised (not on the meta device); if not ``filled``, only a shape."""
         spec = self.specs[self.prefix + name]
         shape = spec.local_shape(self.group.rank, self.group.size)
+        if not self.filled:  # all of a stage's at once may be more than there is room for
+            nan = torch.full((), torch.nan, dtype=self.dtype, device=self.device)
+            return nn.Parameter(nan.expand(shape))
         tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
-        if self.filled and tensor.device.type != "meta":
+        if tensor.device.type != "meta":
             fill(tensor, spec, self.group, self.seed)
         return nn.Parameter(tensor)
 

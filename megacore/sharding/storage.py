@@ -195,9 +195,13 @@ class Storage:
         lower = torch.zeros(own if self.numbers.split else 0, dtype=torch.int16, device=device)
         exact = torch.float32 if self.numbers.split else self.numbers.master or self.numbers.params
         runs: dict[str, Run] = {run.name: run for run in self.runs}
+        # one place for all, so that no trail of freed memory is left behind
+        room = torch.empty(
+            max((param.numel() for param in self.parameters.values()), default=0), dtype=exact, device=device
+        )
         for name, param in self.parameters.items():
-            values = torch.zeros(param.shape, dtype=exact, device=device)
-            fill(name, values)
+            values = room[: param.numel()].view(param.shape)
+            fill(name, values.zero_())
             if self.numbers.split:
                 values, lower_values = split(values)
             self._place(param, name, values)

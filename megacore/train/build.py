@@ -174,6 +174,7 @@ def make_storage(
             units[number, unit] = {name: param for name, param in params.items() if not of[name].frozen}
             for name, param in params.items():
                 if of[name].frozen:
+                    param.data = torch.empty(param.shape, dtype=param.dtype, device=param.device)
                     write(name, param.requires_grad_(False))
     alone = (TIED,) if config.model.tie_embeddings else ()
     policy = ShardingPolicy.of(config.parallel.zero)

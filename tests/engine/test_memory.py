@@ -10,11 +10,12 @@ from megacore.spec.memory import state_bytes
 from tests.engine.common import built_rank, run_config, step_of
 from tests.pool import WorkerPool
 
+# What a stage saves is far more than a few units, which are under way at once.
 WIDE = (
     "model.hidden_size=384",
     "model.ffn_hidden_size=1536",
     "model.head_dim=96",
-    "model.num_layers=12",
+    "model.num_layers=24",
     "model.vocab_size=300",
     "train.micro_batch_size=1",
     "train.global_batch_size=2",

@@ -11,7 +11,9 @@ from megacore.config.resolve import resolve_model
 from megacore.config.schema import ModelConfig
 from megacore.layout import Layout
 from megacore.layout.policy import ShardingPolicy
+from megacore.mesh.group import Group
 from megacore.mesh.mesh import ParallelMesh
+from megacore.parallel.parameters import ParameterMaker
 from megacore.sharding import storage as storage_module
 from megacore.sharding.storage import Numbers, Storage, Unit
 from megacore.spec import ModelSpec, ParamSpec
@@ -173,3 +175,25 @@ def test_master_weights_keep_what_16_bits_lose() -> None:
         storage.publish()
     assert storage.weights[0].tolist() == [1 + 2**-7] * 5
     assert param.tolist() == [1 + 2**-7] * 5
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_parameters_need_no_memory_before_they_have_a_place(zero: int) -> None:
+    """A stage that is whole nowhere can be built: until storage places it, a parameter is a shape."""
+    spec = ModelSpec.of(MODEL)
+    make = ParameterMaker(spec.by_name, Group.single("tp"), CPU, torch.float32, seed=1, filled=False)
+    param = make("embedding.positions.weight")
+    assert param.shape == (8, 10) and param.untyped_storage().nbytes() == 4 and param.isnan().all()
+    numbers = Numbers(torch.float32, torch.float32)
+    storage = Storage(
+        {(0, 0): {"embedding.positions.weight": param}},
+        spec.by_name,
+        ParallelMesh.single(),
+        ShardingPolicy.of(zero),
+        numbers,
+        lambda name, tensor: tensor.fill_(3.0),
+    )
+    if zero == 3:
+        storage.gather((0, 0))
+    storage.use((0, 0), backward=False)
+    assert (param == 3).all()
