@@ -114,6 +114,7 @@ def engine_logits(source: WeightSource, token_bs: Tensor, dtype: torch.dtype = t
     make = ParameterMaker(specs, tp.group, device, dtype, seed=0, filled=False)
     stage = Stage(model, make, tp, kernels, Objective(), range(model.num_layers))
     for name, parameter in stage.named_parameters():
+        parameter.data = torch.empty(parameter.shape, dtype=dtype)
         _fill(parameter, source, name)
     ordinal_b = torch.arange(len(token_bs))
     logits_tv = stage(Inputs(token_bs, token_bs, ordinal_b, training=False), logits=True)
