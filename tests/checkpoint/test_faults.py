@@ -222,8 +222,10 @@ def test_a_full_disk_is_noticed_before(tmp_path: Path, monkeypatch: pytest.Monke
     saver = saver_of(built, str(tmp_path), notice=notice)
     monkeypatch.setattr(LocalStore, "free_bytes", lambda store: saver.num_bytes + (1 << 20))
     outcome = save(built, saver, 1)
-    assert f"the checkpoint takes {saver.num_bytes}; free some" in outcome.problem
+    assert f"a checkpoint takes {saver.num_bytes}; free some" in outcome.problem
     assert notice.seen == [] and open_store(str(tmp_path)).folders() == []
+    with pytest.raises(ValueError, match="free some; or name another place with checkpoint.folder"):
+        saver.preflight()
 
 
 def test_what_is_saved_twice_is_replaced(tmp_path: Path) -> None:
