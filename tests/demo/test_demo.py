@@ -54,7 +54,7 @@ def test_the_whole_tour_twice(tmp_path):
     before = (out / "metrics.jsonl").read_bytes()
     second = demo(tmp_path, "--fast", "--steps", "8", timeout=60)
     assert second.returncode == 0, second.stdout + second.stderr
-    assert second.stdout.count("unchanged since last time") == 4
+    assert second.stdout.count("unchanged since last time") == 5
     assert (out / "metrics.jsonl").read_bytes() == before
     assert "after 8 steps" in second.stdout
 
