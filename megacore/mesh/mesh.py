@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from itertools import count
 
 import torch
@@ -12,6 +13,9 @@ from megacore.layout.layout import Layout
 from megacore.mesh.group import CommLog, Group
 
 Ranks = tuple[int, ...]
+
+BESIDE_LIMIT = timedelta(hours=6)
+"""How long one rank may wait for another beside training: for a slow disk that takes terabytes."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,8 @@ class ParallelMesh:
         if self.layout.world == 1:
             return Group.single("beside")
         ranks = self.world.ranks
-        return Group("beside", ranks, self.rank, distributed.new_group(list(ranks), backend="gloo"), "gloo")
+        handle = distributed.new_group(list(ranks), backend="gloo", timeout=BESIDE_LIMIT)
+        return Group("beside", ranks, self.rank, handle, "gloo")
 
 
 def partitions_of(layout: Layout, kv_replicas: int) -> dict[str, tuple[Ranks, ...]]:
