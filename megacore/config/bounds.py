@@ -53,6 +53,7 @@ BOUNDS: Mapping[str, Bound] = MappingProxyType(
                 "log.every",
                 "log.sample_tokens",
                 "optim.adagc_ratio",
+                "precision.fp8_history",
                 "precision.loss_scale_every",
                 "model.rope_scaling.factor",
             ),
@@ -90,6 +91,8 @@ BOUNDS: Mapping[str, Bound] = MappingProxyType(
                 "optim.wsd_decay_steps",
                 "optim.clip_grad",
                 "optim.adagc_warmup_steps",
+                "precision.fp8_skip_first",
+                "precision.fp8_skip_last",
                 "data.temperature",
                 "checkpoint.save_every",
                 "checkpoint.export_hf_every",
@@ -132,6 +135,7 @@ BOUNDS: Mapping[str, Bound] = MappingProxyType(
         "optim.eps": replace(POSITIVE, own=OPTIMIZERS_OWN),
         "optim.weight_decay": replace(NATURAL, own=OPTIMIZERS_OWN),
         "parallel.zero": Bound(0, 3),
+        "precision.fp8_margin": Bound(0, 10),
     }
 )
 

@@ -218,7 +218,16 @@ class PrecisionConfig:
     """Number formats."""
 
     dtype: str = key("fp32", "parameters and activations", ("fp64", "fp32", "bf16", "fp16"))
-    fp8: str = key("off", "matrix products in FP8", ("off", "delayed", "current", "block"))
+    fp8: str = key(
+        "off",
+        "matrix products of layers in FP8; current: each tensor is scaled by its largest element; delayed: by the "
+        "largest one of the steps before; block: in blocks of 128",
+        ("off", "delayed", "current", "block"),
+    )
+    fp8_skip_first: int = key(0, "with fp8: layers at the beginning that keep multiplying in `dtype`")
+    fp8_skip_last: int = key(0, "with fp8: layers at the end that keep multiplying in `dtype`")
+    fp8_history: int = key(1024, "delayed: steps whose largest elements set the scales")
+    fp8_margin: int = key(0, "delayed: powers of two between the largest element and the end of the format")
     master: str = key(
         "fp32",
         "what 16-bit training updates; fp32: copies of the weights; split: the same, of which bf16 weights are the "

@@ -18,7 +18,6 @@ WORKS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "model.top_k": (0,),
         "parallel.cp": (1,),
         "parallel.ep": (1,),
-        "precision.fp8": ("off",),
         "log.wandb": (False,),
     }
 )

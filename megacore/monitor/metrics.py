@@ -17,7 +17,8 @@ class StepMetrics:
     loss: mean over all tokens of the global batch, before the update. tokens: seen in total so far. mfu: share of
     the peak, 0 to 1, None where the peak is unknown. memory_gb: peak, 1e9 bytes. skipped: an
     update since the last record was left out because the gradient was not finite. val_loss: only where evaluated.
-    statistics: norms by part of the model and fractions, only where they are due (see optim.statistics).
+    statistics: norms by part of the model, fractions and, with FP8, its signal-to-noise ratios in dB by layer and
+    product, only where they are due (see optim.statistics and parallel.fp8).
     """
 
     step: int

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from megacore.kernels.linear import LinearKernel
 from megacore.mesh.collectives import (
     all_gather,
     all_gather_start,
@@ -30,45 +31,59 @@ from megacore.parallel.tensor import TensorParallel
 
 class _ColumnParallel(Function):
     @staticmethod
-    def forward(ctx: Any, x_ti: Tensor, weight_oi: Tensor, bias_o: Tensor | None, tp: TensorParallel) -> Tensor:
+    def forward(
+        ctx: Any,
+        x_ti: Tensor,
+        weight_oi: Tensor,
+        bias_o: Tensor | None,
+        tp: TensorParallel,
+        kernel: LinearKernel,
+    ) -> Tensor:
         whole_ti = all_gather(x_ti, tp.group) if tp.sequence else x_ti
         ctx.save_for_backward(x_ti if tp.regather else whole_ti)
-        ctx.weight, ctx.bias, ctx.tp = weight_oi, bias_o, tp
-        y_to = tp.linear.forward(whole_ti, weight_oi)
+        ctx.weight, ctx.bias, ctx.tp, ctx.kernel = weight_oi, bias_o, tp, kernel
+        y_to = kernel.forward(whole_ti, weight_oi)
         return y_to if bias_o is None else y_to.add_(bias_o)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_to: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-        (x_ti,), tp = ctx.saved_tensors, ctx.tp
+    def backward(ctx: Any, grad_to: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+        (x_ti,), tp, kernel = ctx.saved_tensors, ctx.tp, ctx.kernel
         gathering = all_gather_start(x_ti, tp.group) if tp.sequence and tp.regather else None
-        grad_ti = tp.linear.dgrad(grad_to, ctx.weight)
+        grad_ti = kernel.dgrad(grad_to, ctx.weight)
         start = reduce_scatter_start if tp.sequence else all_reduce_start
         summing = start(grad_ti, tp.group)
         if gathering is not None:
             x_ti = gathering.wait()
-        grad_weight = tp.wgrad.linear(tp.linear, ctx.weight, x_ti, grad_to)
+        grad_weight = tp.wgrad.linear(kernel, ctx.weight, x_ti, grad_to)
         grad_bias = None if ctx.bias is None else tp.wgrad.bias(ctx.bias, grad_to)
-        return summing.wait(), grad_weight, grad_bias, None
+        return summing.wait(), grad_weight, grad_bias, None, None
 
 
 class _RowParallel(Function):
     @staticmethod
-    def forward(ctx: Any, x_ti: Tensor, weight_oi: Tensor, bias_o: Tensor | None, tp: TensorParallel) -> Tensor:
+    def forward(
+        ctx: Any,
+        x_ti: Tensor,
+        weight_oi: Tensor,
+        bias_o: Tensor | None,
+        tp: TensorParallel,
+        kernel: LinearKernel,
+    ) -> Tensor:
         ctx.save_for_backward(x_ti)
-        ctx.weight, ctx.bias, ctx.tp = weight_oi, bias_o, tp
-        y_to = (reduce_scatter if tp.sequence else all_reduce)(tp.linear.forward(x_ti, weight_oi), tp.group)
+        ctx.weight, ctx.bias, ctx.tp, ctx.kernel = weight_oi, bias_o, tp, kernel
+        y_to = (reduce_scatter if tp.sequence else all_reduce)(kernel.forward(x_ti, weight_oi), tp.group)
         return y_to if bias_o is None else y_to.add_(bias_o)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_to: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-        (x_ti,), tp = ctx.saved_tensors, ctx.tp
+    def backward(ctx: Any, grad_to: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+        (x_ti,), tp, kernel = ctx.saved_tensors, ctx.tp, ctx.kernel
         whole_to = all_gather(grad_to, tp.group) if tp.sequence else grad_to
-        grad_ti = tp.linear.dgrad(whole_to, ctx.weight)
-        grad_weight = tp.wgrad.linear(tp.linear, ctx.weight, x_ti, whole_to)
+        grad_ti = kernel.dgrad(whole_to, ctx.weight)
+        grad_weight = tp.wgrad.linear(kernel, ctx.weight, x_ti, whole_to)
         grad_bias = None if ctx.bias is None else tp.wgrad.bias(ctx.bias, grad_to)
-        return grad_ti, grad_weight, grad_bias, None
+        return grad_ti, grad_weight, grad_bias, None, None
 
 
 class ColumnParallelLinear(nn.Module):
@@ -78,10 +93,10 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         self.weight = make("weight")
         self.bias = make.optional("bias")
-        self.tp = tp
+        self.tp, self.kernel = tp, tp.kernel_of(make.prefix.rstrip("."))
 
     def forward(self, x_ti: Tensor) -> Tensor:
-        return _ColumnParallel.apply(x_ti, self.weight, self.bias, self.tp)
+        return _ColumnParallel.apply(x_ti, self.weight, self.bias, self.tp, self.kernel)
 
 
 class RowParallelLinear(nn.Module):
@@ -91,12 +106,12 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.weight = make("weight")
         self.bias = make.optional("bias")
-        self.tp = tp
+        self.tp, self.kernel = tp, tp.kernel_of(make.prefix.rstrip("."))
 
     def forward(self, x_ti: Tensor) -> Tensor:
-        return _RowParallel.apply(x_ti, self.weight, self.bias, self.tp)
+        return _RowParallel.apply(x_ti, self.weight, self.bias, self.tp, self.kernel)
 
 
 def column_parallel(x_ti: Tensor, weight_oi: Tensor, tp: TensorParallel) -> Tensor:
     """The column-parallel product with a weight that lives elsewhere (a tied embedding)."""
-    return _ColumnParallel.apply(x_ti, weight_oi, None, tp)
+    return _ColumnParallel.apply(x_ti, weight_oi, None, tp, tp.linear)

@@ -1,5 +1,6 @@
 """What a tensor-parallel layer needs to know of its surroundings."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megacore.kernels.linear import REFERENCE, LinearKernel
@@ -13,7 +14,8 @@ class TensorParallel:
 
     With ``sequence`` each rank holds a run of the microbatch's tokens there, not all of them; with ``regather`` a
     column-parallel layer keeps only its shard of the input for backward and gathers it once more. ``linear`` is the
-    matrix product that the layers use, ``wgrad`` takes their weights' gradients.
+    matrix product that the layers use but for those that have their own in ``linears``, by their global names;
+    ``wgrad`` takes their weights' gradients.
     """
 
     group: Group
@@ -21,6 +23,7 @@ class TensorParallel:
     regather: bool = False
     linear: LinearKernel = REFERENCE
     wgrad: WeightGradients = field(default_factory=WeightGradients, repr=False)
+    linears: Mapping[str, LinearKernel] = field(default_factory=dict, repr=False)
 
     @classmethod
     def single(cls) -> "TensorParallel":
@@ -30,6 +33,10 @@ class TensorParallel:
     def __post_init__(self) -> None:
         if self.group.size == 1 and self.sequence:  # one shard of the sequence is the whole
             object.__setattr__(self, "sequence", False)
+
+    def kernel_of(self, layer: str) -> LinearKernel:
+        """The matrix product of a layer."""
+        return self.linears.get(layer, self.linear)
 
     def shard_of_tokens(self, num_tokens: int) -> tuple[int, int]:
         """(first token, number of tokens) that this rank holds outside the matrices, of ``num_tokens``."""

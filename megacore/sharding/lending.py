@@ -5,7 +5,7 @@ whole only from the start of its backward until their sum has begun. Buffers of 
 addresses stay few.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,8 @@ class Lending:
         self.coming: dict[int, Pending] = {}
         self.here: dict[int, Tensor] = {}
         self.grads: dict[int, Tensor] = {}
+        self.on_free: Callable[[Iterable[str]], None] = lambda names: None
+        """Told the parameters that have no memory any more."""
         self.owing: list[set[tuple[int, int]]] = [set() for _ in names]
 
     def gather(self, bucket: int) -> None:
@@ -94,6 +96,7 @@ class Lending:
             self.param_buffers.give(self.here.pop(bucket))
             for slot in self.slots[bucket]:
                 hide(self.parameters[slot.name], slot)
+            self.on_free(slot.name for slot in self.slots[bucket])
 
     def open_grads(self, bucket: int, unit: tuple[int, int]) -> None:
         """Zeros for a unit's backward to add to, unless they are there for another unit, or for weight gradients that

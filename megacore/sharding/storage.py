@@ -94,9 +94,15 @@ class Storage:
         self.runs = runs_of(self.layout, self.shards.rank, self.shards.size)
         self.buckets = _buckets_of(units, groups, policy.by_unit)
         self.pending: deque[Pending] = deque()
+        self._on_publish: Callable[[], None] = lambda: None
         self._allocate(fill)
         names = [[name for name, _ in group] for _, group in groups]
         self.lending = Lending(self.layout, names, self.parameters, self.shards, self.params, numbers.grads)
+
+    def call_on_change(self, published: Callable[[], None], freed: Callable[[Iterable[str]], None]) -> None:
+        """For who keeps something that was made of the weights: ``published`` is called when there are new ones,
+        ``freed`` with the names of parameters that have lost their memory (stage 3)."""
+        self._on_publish, self.lending.on_free = published, freed
 
     def begin(self) -> None:
         """Forget the gradients of the step before."""
@@ -146,6 +152,7 @@ class Storage:
 
     def publish(self, copied: bool = False) -> None:
         """Give all ranks the updated weights of what each owns; ``copied``: they are in ``own_params`` already."""
+        self._on_publish()
         if self.master is not None and not copied:
             for param, weight in zip(self.own_params, self.weights):
                 param.copy_(weight)

@@ -13,6 +13,8 @@ from megacore.config.offload import on_host, split_problem
 from megacore.config.schema import ModelConfig, PrecisionConfig, RunConfig
 from megacore.config.settings import settings
 from megacore.config.write import config_hash
+from megacore.kernels.fp8.products import product_of
+from megacore.kernels.fp8.recipes import Blocks, Current, Delayed, Recipe
 from megacore.kernels.table import Choice, Kernels, resolve
 from megacore.layout import Layout
 from megacore.layout.policy import ShardingPolicy
@@ -29,10 +31,12 @@ from megacore.optim.norm import GlobalNorm
 from megacore.optim.offload import Transfer, place_rule
 from megacore.optim.rule import Rule, Share
 from megacore.optim.statistics import Watch
+from megacore.parallel.fp8 import Fp8
 from megacore.parallel.parameters import ParameterMaker, fill
 from megacore.parallel.tensor import TensorParallel
 from megacore.sharding.storage import Numbers, Storage
 from megacore.spec import ModelSpec
+from megacore.spec.fp8 import fp8_layers
 from megacore.spec.settings import settings_of
 from megacore.spec.stages import layers_of_stages
 from megacore.train.failpoints import Failpoints
@@ -88,8 +92,11 @@ def build(
     home = plan(config.train.global_batch_size // (config.train.micro_batch_size * layout.dp)).home
     with phases.time("model"):
         parallel = config.parallel
-        tp = TensorParallel(mesh.tp, parallel.sequence_parallel, parallel.regather_inputs, kernels.linear)
-        spec = ModelSpec.of(config.model, tp.sequence)
+        sequence = parallel.sequence_parallel and mesh.tp.size > 1
+        spec = ModelSpec.of(config.model, sequence)
+        fp8, of_fp8 = make_fp8(config, spec, mesh, dtype)
+        linears = {} if fp8 is None else fp8.kernels
+        tp = TensorParallel(mesh.tp, sequence, parallel.regather_inputs, kernels.linear, linears=linears)
         make = ParameterMaker(spec.by_name, mesh.tp, device, dtype, config.train.seed, filled=False)
         stages = make_stages(config, make, tp, kernels, [rank == mesh.pp.rank for rank in home])
     with phases.time("buffers"):
@@ -108,11 +115,30 @@ def build(
             LossScale(config.precision, device),
             rule,
             Watch(norm, spec.params, mesh) if watched else None,
+            fp8,
         )
     used = operations_of(config.model)
-    chosen = (*(c for c in choices if c.operation in used), *rule.kernels)
+    chosen = (*(c for c in choices if c.operation in used), *of_fp8, *rule.kernels)
     failpoints = Failpoints.of(os.environ, info.rank)
     return Built(config, spec, mesh, stages, storage, trainer, chosen, failpoints)
+
+
+def make_fp8(
+    config: RunConfig, spec: ModelSpec, mesh: ParallelMesh, dtype: torch.dtype
+) -> tuple[Fp8 | None, tuple[Choice, ...]]:
+    """The layers that multiply in FP8, if there are any, and the choice of their product. Raises ValueError where the
+    device has none."""
+    precision = config.precision
+    if precision.fp8 == "off":
+        return None, ()
+    product, choice = product_of(precision.fp8, mesh.device, dtype)
+    layers = fp8_layers(spec, precision)
+    recipe: Recipe
+    if precision.fp8 == "delayed":
+        recipe = Delayed(len(layers), precision.fp8_history, precision.fp8_margin, mesh.device)
+    else:
+        recipe = Current() if precision.fp8 == "current" else Blocks()
+    return Fp8(recipe, product, layers, mesh.world, mesh.device), (choice,)
 
 
 def make_stages(

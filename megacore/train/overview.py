@@ -13,7 +13,9 @@ from megacore.layout.layout import Layout
 from megacore.layout.policy import ShardingPolicy
 from megacore.monitor.console import human_bytes, human_count
 from megacore.spec import ModelSpec
+from megacore.spec.fp8 import fp8_history_bytes, fp8_layers, fp8_weight_bytes
 from megacore.spec.memory import StateBytes, state_bytes
+from megacore.spec.params import ParamSpec
 from megacore.train.pipeline_overview import Pipeline
 from megacore.train.schedule import num_microbatches
 
@@ -56,6 +58,30 @@ def overview(config: RunConfig, spec: ModelSpec, layout: Layout, device: str, da
         f"state    {'at most ' if len(states) > 1 else ''}{human_bytes(state.total)} per rank: parameters "
         f"{human_bytes(state.params)}, gradients {human_bytes(state.grads)}, optimizer {human_bytes(state.optimizer)}",
         *offload_lines(config, state, device),
+        *fp8_lines(config, spec, max(fp8_bytes(config, spec, each, layout.tp) for each in pipeline.params(spec))),
+    ]
+
+
+def fp8_bytes(config: RunConfig, spec: ModelSpec, params: Sequence[ParamSpec], tp: int) -> int:
+    """What a rank that holds ``params`` keeps for products in FP8."""
+    layers = fp8_layers(spec, config.precision)
+    of_weights = fp8_weight_bytes(layers, params, tp=tp, by_unit=config.parallel.zero == 3)
+    return of_weights + fp8_history_bytes(len(layers), config.precision)
+
+
+def fp8_lines(config: RunConfig, spec: ModelSpec, num_bytes: int) -> list[str]:
+    """What multiplies in FP8 and what that takes; nothing where nothing does."""
+    p, num_layers = config.precision, config.model.num_layers
+    if p.fp8 == "off":
+        return []
+    formats = "E4M3" if p.fp8 == "block" else "E4M3, gradients in E5M2"
+    skipped = [*range(p.fp8_skip_first), *range(num_layers - p.fp8_skip_last, num_layers)]
+    kept = f"; layers {', '.join(map(str, skipped))} multiply in {p.dtype}" if skipped else ""
+    of_one = " of a block in use" if config.parallel.zero == 3 else ""
+    histories = " and histories" if p.fp8 == "delayed" else ""
+    return [
+        f"fp8      {p.fp8} scaling, {formats}: {len(fp8_layers(spec, p))} matrices of layers{kept}; at most "
+        f"{human_bytes(num_bytes)} more per rank for weights{of_one} in FP8{histories}"
     ]
 
 

@@ -255,7 +255,7 @@ class Reporter:
             memory_gb=self.most_memory_gb.item(),
             skipped=span.num_skipped > 0,
             val_loss=None if late.val_loss is None else late.val_loss.item(),
-            statistics=None if late.result.statistics is None else late.result.statistics.record(),
+            statistics=late.result.figures(),
         )
 
     def sample(self, step: int, prompt: str, text: str) -> None:

@@ -5,7 +5,8 @@
     optim/MOMENT/NAME/I     a number per row or column of logical matrix I of the parameter (``spec.matrices``)
     optim/MOMENT/NAME@tpIofN    codes of 8 bits, of what rank I of N holds, flattened: blocks are cut there; `.scale`
                             behind MOMENT has their scales
-    optim/clock, state/...  numbers that are the same on all ranks
+    optim/clock, state/...  numbers that are the same on all ranks: clock, loss scale, clipping, and
+                            largest elements for FP8 (state/fp8/amaxSTEPS/LAYER)
 
 Where several ranks hold the same, they share the writing. Data need nothing: samples are a function of their ordinal,
 and everything random is one of the seed and an index.
@@ -98,8 +99,8 @@ class State:
 
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
-        """Take everything from a checkpoint. What loss scale and clipping remember begins anew where it has none: the
-        run that saved it had none of them.
+        """Take everything from a checkpoint. What loss scale, clipping and FP8 remember begins anew where it has
+        none: the run that saved it had none of them.
 
         Raises ValueError where something is damaged, missing or of another shape; state is then neither old nor new.
         """
@@ -147,6 +148,8 @@ class State:
         numbers = {CLOCK: trainer.rule.clock}
         numbers |= {f"{STATE}loss_scale/{name}": tensor for name, tensor in trainer.loss_scale.state().items()}
         numbers |= {f"{STATE}clip/{name}": tensor for name, tensor in trainer.clip.state().items()}
+        if trainer.fp8 is not None:
+            numbers |= {f"{STATE}fp8/{name}": tensor for name, tensor in trainer.fp8.state().items()}
         for key, tensor in numbers.items():
             shape = tuple(tensor.shape)
             yield Held(Part(key, shape, (0,) * len(shape), shape, tensor), self.everyone)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from megacore.optim.clipping import Clip
 from megacore.optim.loss_scale import LossScale
 from megacore.optim.rule import Rule
 from megacore.optim.statistics import Statistics, Watch
+from megacore.parallel.fp8 import Fp8, SignalToNoise
 from megacore.parallel.wgrad import WeightGradients
 from megacore.pipeline.engine import Actions, Marks, PipelineEngine, Step, Sums, nothing
 from megacore.schedule.generators.generate import forward_only
@@ -37,6 +39,15 @@ class StepResult:
     skipped: Tensor
     statistics: Statistics | None = None
     """Where they are due."""
+    signal_to_noise: SignalToNoise | None = None
+    """Of products in FP8, with the statistics."""
+
+    def figures(self) -> dict[str, Any] | None:
+        """The statistics as metrics.jsonl has them, where they are due; waits for the device."""
+        if self.statistics is None:
+            return None
+        decibels = {} if self.signal_to_noise is None else {"fp8_snr_db": self.signal_to_noise.decibels()}
+        return {**self.statistics.record(), **decibels}
 
 
 class Trainer:
@@ -59,11 +70,14 @@ class Trainer:
         loss_scale: LossScale,
         rule: Rule,
         watch: Watch | None = None,
+        fp8: Fp8 | None = None,
     ) -> None:
         """``home`` is the pipeline rank of every stage, ``plan`` gives the schedule of so many microbatches; ``watch``
-        makes the statistics of steps that ask for them."""
+        makes the statistics of steps that ask for them; ``fp8`` are the stages' layers that multiply in FP8."""
         self.spec, self.stages, self.home, self.plan, self.storage = spec, stages, tuple(home), plan, storage
-        self.clip, self.loss_scale, self.rule, self.watch = clip, loss_scale, rule, watch
+        self.clip, self.loss_scale, self.rule, self.watch, self.fp8 = clip, loss_scale, rule, watch, fp8
+        if fp8 is not None:
+            storage.call_on_change(fp8.renew, fp8.forget)
         self.mesh = mesh = storage.mesh
         actions = Actions(
             reduce=lambda stage, unit: storage.reduce((stage, unit)),
@@ -90,6 +104,8 @@ class Trainer:
         ``watched``: make statistics of this step."""
         self.num_nominal, self.lr, self.watched = num_nominal, lr, watched
         self.storage.begin()
+        if self.fp8 is not None:
+            self.fp8.begin(measures=watched)
         # what is timed is the list as it was planned
         known = self._training if marks is None else self._timed
         steps = self._compiled(known, self.plan, len(microbatches))
@@ -155,12 +171,13 @@ class Trainer:
         skipped = 1 - clipped.taken
         self.loss_scale.update(skipped)
         self.rule.update(grads, self.lr, clipped.taken)
+        noise = None if self.fp8 is None else self.fp8.finish()
         storage.publish(copied=self.rule.writes_copies)
         statistics = None
         if self.watch is not None:
             self.watch.clipped(clipped)
             statistics = self.watch.after(storage.values(), clipped) if self.watched else None
-        self.result = StepResult(cross_entropy / num_targets, clipped.norm, skipped, statistics)
+        self.result = StepResult(cross_entropy / num_targets, clipped.norm, skipped, statistics, noise)
 
     def _total(self, sums: Sums) -> Tensor:
         total = all_reduce(torch.stack((sums.cross_entropy, sums.num_targets)), self.mesh.dp_cp)

@@ -31,7 +31,7 @@ LISTED = {
     },
     "precision": {
         *("dtype", "fp8", "master", "loss_scale", "loss_scale_start", "loss_scale_every", "loss_scale_min"),
-        "grad_reduce_dtype",
+        *("grad_reduce_dtype", "fp8_skip_first", "fp8_skip_last", "fp8_history", "fp8_margin"),
     },
     "data": {"split", "index", "temperature", "fim_rate", "fim_spm_rate", "fim_tokens"},
 }

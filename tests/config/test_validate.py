@@ -175,6 +175,47 @@ BROKEN = [
     (["data.split=1,0,0", "train.eval_every=5"], 1, "needs validation data"),
     (["data.split=1", "train.eval_every=5"], 1, "needs validation data"),
     (["data.fim_rate=0.5", "data.fim_tokens=a"], 1, "must name the prefix, middle and suffix tokens"),
+    (
+        ["precision.fp8=current", "precision.dtype=fp16"],
+        1,
+        "precision.fp8=current goes with bf16 or fp32; precision.dtype=fp16 scales the loss for a format that FP8 does "
+        "not need: use bf16",
+    ),
+    (["precision.fp8=block", "precision.dtype=fp64"], 1, "precision.dtype=fp64 is more exact than FP8: use bf16"),
+    (
+        ["precision.fp8=current", "precision.fp8_skip_first=30", "precision.fp8_skip_last=2"],
+        1,
+        "fp8_skip_first=30 and fp8_skip_last=2 leave none of model.num_layers=32",
+    ),
+    (["precision.fp8_skip_last=2"], 1, "precision.fp8_skip_last=2 is for a precision.fp8, not fp8=off"),
+    (
+        ["precision.fp8=block", "precision.fp8_history=2"],
+        1,
+        "fp8_history=2 is for precision.fp8=delayed, not fp8=block",
+    ),
+    (["precision.fp8=current", "precision.fp8_margin=1"], 1, "fp8_margin=1 is for precision.fp8=delayed"),
+    (
+        ["precision.fp8=current", "train.seq_len=24"],
+        1,
+        "precision.fp8=current multiplies matrices whose sizes are multiples of 16, which train.micro_batch_size*"
+        "seq_len=1*24=24 tokens are not; change train.seq_len, or use fp8=off",
+    ),
+    (
+        ["precision.fp8=current", "parallel.tp=4", "model.ffn_hidden_size=14368"],
+        4,
+        "model.ffn_hidden_size/parallel.tp=14368/4=3592 (and twice as many) is not; change ffn_hidden_size=14336 or "
+        "14400, or use fp8=off",
+    ),
+    (
+        ["precision.fp8=block", "model.head_dim=20", "parallel.tp=8"],
+        8,
+        "queries, keys and values of a rank, (4+2*1)*model.head_dim=20: 120 rows, are not",
+    ),
+    (
+        ["precision.fp8=block", "model.head_dim=18", "parallel.tp=8"],
+        8,
+        "a rank's heads, 4*model.head_dim=18: 72 columns",
+    ),
 ]
 
 
@@ -210,11 +251,11 @@ def test_missing_shape_is_told():
 
 
 def test_rules_of_all_sections_are_told_at_once():
-    overrides = ["parallel.tp=3", "optim.lr=-1", "data.split=0,2", "train.batch_ramp=1", "precision.fp8=block"]
+    overrides = ["parallel.tp=3", "optim.lr=-1", "data.split=0,2", "train.batch_ramp=1", "log.wandb=true"]
     with pytest.raises(ConfigError) as raised:
         check(load(None, overrides, "llama3-8b"), 3)
     told = str(raised.value)
-    for words in ("parallel.tp=3", "optim.lr=-1.0", "data.split", "train.batch_ramp", "precision.fp8=block"):
+    for words in ("parallel.tp=3", "optim.lr=-1.0", "data.split", "train.batch_ramp", "log.wandb=true"):
         assert words in told
 
 
@@ -245,6 +286,8 @@ LEGAL = [
     (["optim.offload=cpu", "train.device=cpu", "precision.dtype=bf16", "precision.master=none"], 1),
     (["optim.offload=nvme", "train.device=cpu", "precision.dtype=bf16", "precision.master=split"], 1),
     (["parallel.recompute=offload", "parallel.zero=3"], 1),
+    (["precision.fp8=delayed", "precision.dtype=bf16", "precision.fp8_margin=2", "parallel.tp=16"], 16),
+    (["precision.fp8=block", "precision.fp8_skip_first=1", "precision.fp8_skip_last=30"], 1),
     (["precision.dtype=fp64", "optim.name=sgd", "optim.momentum=0.9", "optim.clip_grad=0"], 1),
 ]
 
@@ -282,7 +325,6 @@ REFUSED = {
     "model.top_k": 2,
     "parallel.cp": 2,
     "parallel.ep": 2,
-    "precision.fp8": "delayed",
     "log.wandb": True,
 }
 

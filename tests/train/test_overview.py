@@ -112,3 +112,19 @@ def test_what_is_offloaded_is_said_and_that_a_cpu_gains_nothing() -> None:
 def test_every_kind_can_be_described(kind: str) -> None:
     lines = lines_of(2, "parallel.pp=2", f"parallel.schedule={kind}", "train.global_batch_size=3")
     assert lines["schedule"].startswith(f"{kind}: 2 ")
+
+
+def test_products_in_fp8_are_described() -> None:
+    """A block has 4 * 64^2 + 3 * 64 * 192 elements in its matrices, kept twice; a history has 4 * 3 bytes a step."""
+    words = ("train.seq_len=16", "precision.dtype=bf16")
+    assert lines_of(1, *words, "precision.fp8=block")["fp8"] == (
+        "block scaling, E4M3: 32 matrices of layers; at most 852 kB more per rank for weights in FP8"
+    )
+    words = (*words, "parallel.pp=2", "train.global_batch_size=4", "precision.fp8_skip_first=1")
+    delayed = lines_of(2, *words, "precision.fp8=delayed", "precision.fp8_skip_last=1", "precision.fp8_history=100")
+    assert delayed["fp8"] == (
+        "delayed scaling, E4M3, gradients in E5M2: 24 matrices of layers; layers 0, 7 multiply in bf16; at most 348 kB "
+        "more per rank for weights in FP8 and histories"
+    )
+    sharded = lines_of(2, "precision.fp8=current", "train.seq_len=16", "train.global_batch_size=2", "parallel.zero=3")
+    assert sharded["fp8"].endswith("; at most 106 kB more per rank for weights of a block in use in FP8")
