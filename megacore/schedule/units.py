@@ -6,7 +6,8 @@ parameters gathers a unit's before use, one unit ahead, and frees them after it.
     F0.0                ->  G0.0 G0.1 F0.0/0 X0.0 G0.2 F0.0/1 X0.1 F0.0/2 ...
     B0.0 (2 units)      ->  B0.0/1 R0/1 B0.0/0 R0/0
 
-Who keeps whole gradients sums them once, when a stage's last backward is done with them. Only that one is cut then:
+Who keeps whole gradients sums them once, when a stage's last backward is done with them. Only that one is cut then (and
+the first forward, where new weights are still on their way):
 
     F0.1 B0.1 R0        ->  F0.1/0 F0.1/1 B0.1/1 R0/1 B0.1/0 R0/0
 
@@ -31,9 +32,12 @@ def by_unit(instructions: Iterable[Instruction], num_units: Mapping[int, int], g
     return list(_with_gathers(fine)) if gathers else fine
 
 
-def with_early_sums(instructions: Iterable[Instruction], num_units: Mapping[int, int]) -> list[Instruction]:
+def with_early_sums(
+    instructions: Iterable[Instruction], num_units: Mapping[int, int], late_weights: bool = False
+) -> list[Instruction]:
     """One rank's lowered list, in which sums of the stages of ``num_units`` begin while their last backward goes on.
 
+    With ``late_weights`` their first forward goes unit by unit, too, so that it can begin before all weights are there.
     Where that is half of a pair, or its forward is, it stays whole, and the sum behind it.
     """
     listed = list(instructions)
@@ -46,12 +50,18 @@ def with_early_sums(instructions: Iterable[Instruction], num_units: Mapping[int,
             last.pop(each.back_stage, None)
     cut = {each[1:3] for each in last.values() if each.stage in num_units and each[1:3] not in paired}
     stages = {stage for stage, _ in cut}
+    if late_weights:
+        first: dict[int, Instruction] = {}
+        for each in listed:
+            if each.op is Op.FORWARD:
+                first.setdefault(each.stage, each)
+        cut |= {each[1:3] for stage, each in first.items() if stage in stages and each[1:3] not in paired}
     fine = []
     for each in listed:
         if each.op in COMPUTE and each.op is not Op.PAIR and each[1:3] in cut:
             for part in _cut((each,), num_units):
                 fine.append(part)
-                if each == last[each.stage]:
+                if each == last.get(each.stage):
                     fine.append(Instruction(Op.REDUCE, part.stage, unit=part.unit))
         elif each.op is not Op.REDUCE or each.stage not in stages:
             fine.append(each)

@@ -7,8 +7,8 @@ run is a whole local parameter.
 | | parameters | gradients | a bucket's sum |
 |---|---|---|---|
 | stage 0 | whole | whole | all-reduce |
-| stage 1 | whole, gathered after the update | whole | reduce-scatter into the own piece |
-| stage 2 | whole, gathered after the update | own pieces; a unit's while it is in backward | reduce-scatter, added up |
+| stage 1 | whole, gathered after the update, ahead of their next use | whole | reduce-scatter into the own piece |
+| stage 2 | whole, gathered like those | own pieces; a unit's while it is in backward | reduce-scatter, added up |
 | stage 3 | own pieces; a unit's while it is in use | as stage 2 | as stage 2 |
 
 Stages 0 and 1 sum once a step, bucket by bucket in the last backward; stages 2 and 3 after every microbatch: they keep
@@ -93,7 +93,9 @@ class Storage:
         self.slots = {slot.name: slot for slot in self.layout.slots}
         self.runs = runs_of(self.layout, self.shards.rank, self.shards.size)
         self.buckets = _buckets_of(units, groups, policy.by_unit)
+        self.needed = _needed_by(units, groups)
         self.pending: deque[Pending] = deque()
+        self.arriving: dict[int, Pending] = {}
         self._on_publish: Callable[[], None] = lambda: None
         self._allocate(fill)
         names = [[name for name, _ in group] for _, group in groups]
@@ -132,7 +134,9 @@ class Storage:
             self.lending.free(bucket)
 
     def use(self, unit: Unit, backward: bool) -> None:
-        """Called right before a unit computes: what it needs is there then."""
+        """Called right before a unit, or a whole stage (unit -1), computes: what it needs is there then."""
+        for bucket in self.needed[unit] if self.arriving else ():
+            self._arrive(bucket)
         for bucket in self.buckets[unit]:
             if self.policy.params:
                 self.lending.arrive(bucket)
@@ -151,18 +155,29 @@ class Storage:
         _sum_together(self.copied, self.mesh.kv)
 
     def publish(self, copied: bool = False) -> None:
-        """Give all ranks the updated weights of what each owns; ``copied``: they are in ``own_params`` already."""
+        """Begin to give all ranks the updated weights of what each owns; ``copied``: they are in ``own_params``.
+
+        Who computes waits in ``use`` for what it needs, so that the last of them travel while the first are used.
+        """
         self._on_publish()
         if self.master is not None and not copied:
             for param, weight in zip(self.own_params, self.weights):
                 param.copy_(weight)
         if self.policy.params or self.shards.size == 1:
             return
-        gathering = []
-        for start, end in self.layout.buckets:
+        self.arrive()
+        for bucket, (start, end) in enumerate(self.layout.buckets):
             own = self.params[slice(*piece_of((start, end), self.shards.rank, self.shards.size))]
-            gathering.append(all_gather_start(own, self.shards, out=self.params[start:end]))
-        for pending in gathering:
+            self.arriving[bucket] = all_gather_start(own, self.shards, out=self.params[start:end])
+
+    def arrive(self) -> None:
+        """Wait for all weights that are on their way."""
+        for bucket in list(self.arriving):
+            self._arrive(bucket)
+
+    def _arrive(self, bucket: int) -> None:
+        pending = self.arriving.pop(bucket, None)
+        if pending is not None:
             pending.wait()
 
     def values(self) -> tuple[Tensor, ...]:
@@ -173,6 +188,7 @@ class Storage:
 
     def whole(self, what: str) -> FlatBuffer:
         """All of this rank's ``grads`` or ``params``, for who wants to look: every rank of the group must call it."""
+        self.arrive()
         source = self.grads if what == "grads" else self.params
         if self.shards.size == 1:
             return FlatBuffer(self.layout, source)
@@ -327,6 +343,17 @@ def _buckets_of(
         found[whole] = [n for n in reversed(range(len(groups))) if groups[n][0] == whole]
         found[unit] = [n for n in found[whole] if last[n] == unit]
     return found
+
+
+def _needed_by(
+    units: Mapping[Unit, Mapping[str, nn.Parameter]], groups: Sequence[tuple[Unit, Sequence[Shape]]]
+) -> dict[Unit, list[int]]:
+    """The buckets with parameters that each unit uses, and each stage (unit -1), in the order of buckets."""
+    bucket_of = {name: number for number, (_, group) in enumerate(groups) for name, _ in group}
+    needed = {unit: {bucket_of[name] for name in params if name in bucket_of} for unit, params in units.items()}
+    for stage, unit in units:
+        needed[stage, -1] = needed.get((stage, -1), set()) | needed[stage, unit]
+    return {unit: sorted(buckets) for unit, buckets in needed.items()}
 
 
 def _most_elements(spec: ParamSpec, num: int) -> int:

@@ -85,7 +85,7 @@ class Trainer:
             optimize=self._optimize,
             gather=lambda stage, unit: storage.gather((stage, unit)),
             free=lambda stage, unit: storage.free((stage, unit)),
-            use=self._use if storage.policy.by_unit else nothing,
+            use=self._use if storage.policy.by_unit or storage.shards.size > 1 else nothing,
         )
         self.engine = PipelineEngine(stages, len(self.home), mesh.pp, wgrad, mesh.device, actions)
         self._training: dict[int, list[Step]] = {}
@@ -145,7 +145,8 @@ class Trainer:
                 listed = by_unit(listed, num_units, policy.params)
             elif self.mesh.dp_cp.size > 1 and known is not self._timed:
                 early = storage.summed_early()
-                listed = with_early_sums(listed, {stage: num_units[stage] for stage in num_units if stage in early})
+                some = {stage: number for stage, number in num_units.items() if stage in early}
+                listed = with_early_sums(listed, some, late_weights=storage.shards.size > 1)
             known[number] = self.engine.compile(listed)
         return known[number]
 

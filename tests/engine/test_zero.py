@@ -194,6 +194,32 @@ def test_gradients_are_summed_while_backward_goes_on(pool: WorkerPool, zero: int
     assert pool.run(under_way_of_rank, 2, 2, config) == [[0, 1, 2, 2, 2, 2]] * 2
 
 
+def arriving_of_rank(rank: int, world_size: int, config: RunConfig) -> list[int]:
+    """How many buckets of new weights are under way when each unit's forward begins, in a step's first microbatch."""
+    with mock.patch.object(storage_module, "BUCKET_BYTES", 1 << 12):
+        built, seen = built_rank(rank, world_size, config), []
+    step_of(built, 1, config.optim.lr)
+    storage, use = built.storage, built.storage.use
+
+    def noted(unit: tuple[int, int], backward: bool) -> None:
+        use(unit, backward)
+        if not backward:
+            seen.append(len(storage.arriving))
+
+    storage.use = noted  # type: ignore[method-assign]
+    step_of(built, 2, config.optim.lr)
+    return seen[:6]
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_new_weights_arrive_while_forward_goes_on(pool: WorkerPool, zero: int) -> None:
+    """Embedding, four blocks and head: each waits for its own weights alone."""
+    config = run_config(2, *FOUR_LAYERS, f"parallel.zero={zero}", "train.global_batch_size=8")
+    for seen in pool.run(arriving_of_rank, 2, 2, config):
+        assert seen == sorted(seen, reverse=True) and len(set(seen)) >= 4 and seen[-1] == 0
+        assert zero == 1 or seen == [5, 4, 3, 2, 1, 0]
+
+
 def early_of_rank(rank: int, world_size: int, config: RunConfig, early: bool) -> tuple[Result, list[int]]:
     """As ``steps_of_rank`` in small buckets; and, for each sum of a step, how many computations it precedes."""
     with mock.patch.object(storage_module, "BUCKET_BYTES", 1 << 12):

@@ -71,7 +71,7 @@ def test_sums_of_whole_gradients_begin_in_the_last_backward(drawn: Lists, data: 
     stages = {each.stage for each in coarse if each.op is Op.REDUCE}
     for stage in stages:
         cut = [unit for summed, unit in sums if summed == stage]
-        paired = {each.back_stage for each in coarse if each.op is Op.PAIR}
+        paired = {number for each in coarse if each.op is Op.PAIR for number in (each.stage, each.back_stage)}
         assert cut in ([-1], list(reversed(range(some.get(stage, 0)))))
         assert cut == [-1] or stage in some
         assert stage in paired or stage not in some or cut != [-1]
@@ -92,6 +92,13 @@ def test_the_documented_example_of_early_sums() -> None:
     assert " ".join(map(str, with_early_sums(split, {0: 2}))) == (
         "F0.0 I0.0 F0.1/0 F0.1/1 I0.1/1 I0.1/0 W0.0 W0.1/1 R0/1 W0.1/0 R0/0 O"
     )
+
+
+def test_where_weights_come_late_the_first_forward_goes_by_unit_too() -> None:
+    listed = [*map(Instruction.parse, "F0.0 B0.0 F0.1 B0.1 F0.2 B0.2 R0 O".split())]
+    fine = with_early_sums(listed, {0: 2}, late_weights=True)
+    assert " ".join(map(str, fine)) == ("F0.0/0 F0.0/1 B0.0/1 B0.0/0 F0.1 B0.1 F0.2/0 F0.2/1 B0.2/1 R0/1 B0.2/0 R0/0 O")
+    assert with_early_sums(listed, {}, late_weights=True) == listed
 
 
 @given(st.booleans().flatmap(lists))
