@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -45,7 +46,8 @@ class Fp8:
 
     Weights are brought into FP8 when they are first needed and kept, as they are and transposed, until there are new
     ones (``renew``) or they are let go (``forget``, of ZeRO-3): over microbatches, forward and backward.
-    Inputs and gradients are kept in the format of training and brought into FP8 for each of their two products.
+    Inputs are kept in the format of training and brought into FP8 for each of their two products; so are gradients
+    with a scale per block, others once.
     """
 
     def __init__(
@@ -59,6 +61,8 @@ class Fp8:
         """How many products there were in FP8."""
         self.weights: dict[int, Scaled] = {}
         self.transposed: dict[int, Scaled] = {}
+        self.recent: dict[int, tuple[ref[Tensor], Scaled]] = {}
+        """Of each layer, the gradient whose first product was made, as long as the second one is outstanding."""
         self.measures = False
         self.powers = torch.zeros(len(self.layers), len(Kind), 2, dtype=torch.float64, device=device)
 
@@ -120,11 +124,18 @@ class Fp8:
             if number not in self.transposed:
                 self.transposed[number] = self._weight(weight_oi, number).t()
             grad = recipe.rows(grad_to, Role.GRADIENT, number)
+            if recipe.one_scale:
+                self.recent[number] = ref(grad_to), grad
             grad_ti = self.product(grad, self.transposed[number], grad_to.dtype)
             return self._count(Kind.DGRAD, name, grad_ti, lambda: grad_to.float() @ weight_oi.float())
 
         def wgrad(into_oi: Tensor, x_ti: Tensor, grad_to: Tensor) -> Tensor:
-            grad, x = recipe.columns(grad_to, Role.GRADIENT, number), recipe.columns(x_ti, Role.INPUT, number)
+            known, codes = self.recent.pop(number, (None, None))
+            if known is not None and codes is not None and known() is grad_to:
+                grad = codes.t()
+            else:  # another microbatch has come between
+                grad = recipe.columns(grad_to, Role.GRADIENT, number)
+            x = recipe.columns(x_ti, Role.INPUT, number)
             made_oi = self.product(grad, x, torch.float32)
             self._count(Kind.WGRAD, name, made_oi, lambda: grad_to.float().t() @ x_ti.float())
             return into_oi.add_(made_oi)

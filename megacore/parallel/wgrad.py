@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from megacore.kernels.linear import LinearKernel
@@ -37,9 +38,13 @@ class WeightGradients:
 
     def linear(self, kernel: LinearKernel, weight: Tensor, x_ti: Tensor, grad_to: Tensor) -> Tensor | None:
         """Weight gradient of y = x w^T. x [t, in], grad [t, out] -> w's [out, in]."""
+        if not weight.requires_grad:  # frozen
+            return None
         into = gradient_of(weight)
         if into is None:
-            return grad_to.t() @ x_ti
+            made = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+            kernel.wgrad(made, x_ti, grad_to)
+            return made.to(weight.dtype)
         return self._add(partial(kernel.wgrad, into, x_ti, grad_to))
 
     def bias(self, bias: Tensor, grad_to: Tensor) -> Tensor | None:

@@ -1,6 +1,7 @@
 """Training with matrix products in FP8: how many there are, the same in every layout, nothing of it lost or stale."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +64,40 @@ def test_every_product_of_a_layer_is_in_fp8(recipe: str) -> None:
     step_of(built, step=2, lr=1e-3)
     assert set(fp8.products.values()) == {2 * NUM_MICROBATCHES}
     assert [choice.backend for choice in built.kernels if choice.operation == "linear"][1].startswith(f"fp8 {recipe}, ")
+
+
+def test_frozen_weights_have_no_gradient_to_compute() -> None:
+    built = built_rank(0, 1, config_with("current", "optim.freeze=layers.1.mlp.*"))
+    step_of(built, step=1, lr=1e-3)
+    products = fp8_of(built).products
+    frozen = {(f"layers.1.mlp.{name}", Kind.WGRAD) for name in ("gate_up", "down")}
+    assert {(name, kind) for name in fp8_of(built).layers for kind in Kind} - products.keys() == frozen
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_gradients_brought_into_fp8_once_are_those_brought_twice(recipe: str) -> None:
+    config = config_with(recipe)
+    once, twice = built_rank(0, 1, config), built_rank(0, 1, config)
+    made = {id(once): 0, id(twice): 0}
+    for built in (once, twice):
+        rows, columns = fp8_of(built).recipe.rows, fp8_of(built).recipe.columns
+
+        def counting(method: Any, which: int) -> Any:
+            def of(x: Tensor, role: Role, layer: int) -> Scaled:
+                made[which] += role is Role.GRADIENT
+                return method(x, role, layer)
+
+            return of
+
+        fp8_of(built).recipe.rows = counting(rows, id(built))  # type: ignore[method-assign]
+        if recipe == "block":  # else columns are made of rows
+            fp8_of(built).recipe.columns = counting(columns, id(built))  # type: ignore[method-assign]
+    fp8_of(twice).recipe.one_scale = False
+    assert curve(once, 1) == curve(twice, 1) and torch.equal(once.storage.grads, twice.storage.grads)
+    num_gradients = 3 * len(LAYERS_OF_BLOCK) * NUM_MICROBATCHES
+    assert made[id(twice)] == 2 * num_gradients
+    assert made[id(once)] == num_gradients * (2 if recipe == "block" else 1)
+    assert not fp8_of(once).recent
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

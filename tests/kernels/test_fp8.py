@@ -175,6 +175,21 @@ def test_products_are_those_of_what_codes_stand_for(which: str, sizes: tuple[int
         assert ((made.double() - exact).abs() <= unit * bound).all()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("which", ["tensors", "weights in blocks", "all in blocks"])
+@pytest.mark.parametrize("sizes", [(32, 48, 144), (256, 256, 256), (128, 272, 640)])
+def test_products_on_tensor_cores(which: str, sizes: tuple[int, int, int]) -> None:
+    _, recipe, role = PRODUCTS[which]
+    (m, n, k), device = sizes, torch.device("cuda")
+    product, _ = product_of("current" if which == "tensors" else "block", device, torch.bfloat16)
+    a = recipe.rows(random((m, k), 4, 1.0).to(device), Role.GRADIENT, 0)
+    b = recipe.rows(random((n, k), 5, 1.0).to(device), role, 0)
+    exact = a.values().double() @ b.values().double().t()
+    bound = a.values().double().abs() @ b.values().double().abs().t()
+    for out, unit in ((torch.float32, 2.0**-10), (torch.bfloat16, 2.0**-7)):
+        assert ((product(a, b, out).double() - exact).abs() <= unit * bound).all()
+
+
 def matrix(m: int, k: int, kind: Format = E4M3) -> Scaled:
     return quantise(torch.ones(m, k), torch.ones(()), kind)
 

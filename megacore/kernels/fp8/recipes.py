@@ -46,7 +46,10 @@ def format_of(role: Role) -> Format:
 
 
 class Recipe(Protocol):
-    """Brings operands of layer number ``layer`` into FP8: x [m, k] itself (``rows``) or transposed (``columns``)."""
+    """Brings operands of layer number ``layer`` into FP8: x [m, k] itself (``rows``) or transposed (``columns``).
+    Where a tensor has ``one_scale``, both have the same codes."""
+
+    one_scale: bool
 
     def rows(self, x: Tensor, role: Role, layer: int) -> Scaled: ...
 
@@ -55,6 +58,8 @@ class Recipe(Protocol):
 
 class Current:
     """One scale per tensor, of the tensor itself."""
+
+    one_scale = True
 
     def rows(self, x: Tensor, role: Role, layer: int) -> Scaled:
         """[m, k]."""
@@ -69,6 +74,8 @@ class Current:
 class Blocks:
     """One scale per block; activations and gradients have blocks along what is summed over, so each of the two
     products that they are in needs codes of its own."""
+
+    one_scale = False
 
     def rows(self, x: Tensor, role: Role, layer: int) -> Scaled:
         """[m, k]."""
@@ -87,6 +94,8 @@ class Delayed:
     ``history`` [layer, step, role], the newest step first, is that of the whole model on every rank: float32, 0 where
     nothing is known. ``seen`` [layer, role] is what this step adds to it.
     """
+
+    one_scale = True
 
     def __init__(self, num_layers: int, length: int, margin: int, device: torch.device) -> None:
         self.margin = margin
