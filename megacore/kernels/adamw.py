@@ -17,8 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megacore.kernels import native
-from megacore.kernels.table import Choice, Kernel, first_willing
+from megacore.kernels import apex, native
+from megacore.kernels.choice import Choice, Kernel, Later, first_willing
+from megacore.kernels.triton import available as triton
 
 Tensors = Sequence[Tensor]
 
@@ -141,32 +142,55 @@ def reference(
         copy.copy_(torch.where(is_taken, weight.to(copy.dtype), copy))
 
 
+def _same(moments: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
+    return dtype if moments is None else moments
+
+
+def _native_refuses(device: torch.device, dtype: torch.dtype, moments: torch.dtype | None = None) -> str:
+    if device.type != "cpu":
+        return f"it is for the CPU, not {device.type}"
+    if dtype != torch.float32:
+        return f"it updates float32 weights, not {dtype}"
+    if _same(moments, dtype) not in (torch.float32, torch.bfloat16):
+        return f"its moments are float32 or bfloat16, not {moments}"
+    return native.unavailable()
+
+
+def _torch_refuses(device: torch.device, dtype: torch.dtype, moments: torch.dtype | None = None) -> str:
+    if _same(moments, dtype) == dtype:
+        return ""
+    return f"its moments are in the dtype of the weights, {dtype}, not {moments}"
+
+
+def _apex_refuses(device: torch.device, dtype: torch.dtype, moments: torch.dtype | None = None) -> str:
+    if dtype != torch.float32 or _same(moments, dtype) != dtype:
+        return f"used for float32 weights and moments, not {dtype} and {_same(moments, dtype)}"
+    return apex.refuses(device, dtype)
+
+
+def _triton_refuses(device: torch.device, dtype: torch.dtype, moments: torch.dtype | None = None) -> str:
+    if dtype not in (torch.float32, torch.float64):
+        return f"it updates float32 and float64 weights, not {dtype}"
+    return triton.refuses(device, _same(moments, dtype))
+
+
+BACKENDS = (
+    Kernel("adamw", "native", compiled, _native_refuses),
+    Kernel("adamw", "torch", fused, _torch_refuses),
+    Kernel("adamw", "apex", apex.adamw, _apex_refuses, by_default=False),
+    Kernel("adamw", "triton", Later("megacore.kernels.triton.adamw", "adamw"), _triton_refuses, by_default=False),
+    Kernel("adamw", "reference", reference),
+)
+
+
 def choose(device: torch.device, dtype: torch.dtype, moments: torch.dtype, wanted: str = "") -> tuple[AdamW, Choice]:
     """The fastest that can do it, with the story of its choice; or the backend ``wanted``.
 
     ``dtype`` is that of the weights, ``moments`` that of both moments. Measured: `megacore bench optim`.
     Raises ValueError for a backend that there is not, or that refuses.
     """
-    backends = (
-        Kernel("adamw", "native", compiled, partial(_native_refuses, moments)),
-        Kernel("adamw", "torch", fused, partial(_torch_refuses, moments)),
-        Kernel("adamw", "reference", reference),
-    )
-    kernel, choice = first_willing(backends, device, dtype, wanted)
+    backends = [replace(each, refuses=partial(each.refuses, moments=moments)) for each in BACKENDS[:-1]]
+    kernel, choice = first_willing((*backends, BACKENDS[-1]), device, dtype, wanted)
     if kernel.backend == "native":
         choice = replace(choice, backend=f"native ({native.instruction_sets()[0]})")
-    return kernel.function, choice
-
-
-def _native_refuses(moments: torch.dtype, device: torch.device, dtype: torch.dtype) -> str:
-    if device.type != "cpu":
-        return f"it is for the CPU, not {device.type}"
-    if dtype != torch.float32:
-        return f"it updates float32 weights, not {dtype}"
-    if moments not in (torch.float32, torch.bfloat16):
-        return f"its moments are float32 or bfloat16, not {moments}"
-    return native.unavailable()
-
-
-def _torch_refuses(moments: torch.dtype, device: torch.device, dtype: torch.dtype) -> str:
-    return "" if moments == dtype else f"its moments are in the dtype of the weights, {dtype}, not {moments}"
+    return kernel.loaded, choice

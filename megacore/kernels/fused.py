@@ -102,6 +102,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     return _RmsNorm.apply(x, weight, eps, offset)
 
 
+def rms_norm_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    """As ``reference.rms_norm_add``."""
+    total = x + residual
+    return rms_norm(total, weight, eps, offset), total
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """As ``reference.layer_norm``, by torch's own fused operation."""
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)

@@ -1,30 +1,29 @@
 """Which implementation of each fused operation a run uses: chosen once, with the reason for each rejection.
 
-The table lists, per operation, its backends in order of preference. ``resolve`` takes the first that accepts the
-device and dtype, or the one the user names. Modules receive the result and call it; they never choose.
+The table lists, per operation, its backends in order of preference: as fast as they were measured, and where that says
+nothing transformer-engine, apex, ours, torch. ``resolve`` takes the first that accepts the device and dtype, or the one
+the user names (`kernels.use`). What nobody has measured where it runs is taken only by name. Modules receive the result
+and call it; they never choose. ``operations`` says what each operation means and on what it is tested and timed.
+
+Rows begin with two literals, which the config reads without importing this file.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megacore.kernels import fused, linear, reference
+from megacore.kernels import adamw, apex, fused, linear, reference
+from megacore.kernels.choice import Choice as Choice
+from megacore.kernels.choice import Kernel as Kernel
+from megacore.kernels.choice import Later, reason_against
+from megacore.kernels.choice import first_willing as first_willing
 from megacore.kernels.linear import LinearKernel
+from megacore.kernels.triton import available as triton
 
 Function = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One implementation of an operation. ``refuses`` gives the reason why it cannot serve, or ''."""
-
-    operation: str
-    backend: str
-    function: Any
-    refuses: Callable[[torch.device, torch.dtype], str] = lambda device, dtype: ""
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,10 @@ class Kernels:
 
     linear: LinearKernel
     rms_norm: Function
+    rms_norm_add: Function
     layer_norm: Function
     rope: Function
+    rope_interleaved: Function
     swiglu: Function
     geglu: Function
     gelu: Function
@@ -43,15 +44,12 @@ class Kernels:
     attention: Function
     attention_dropout: Function
     attention_softcap: Function
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What was chosen for an operation, and why not the others."""
-
-    operation: str
-    backend: str
-    rejected: tuple[str, ...]
+    bias_gelu: Function
+    softmax: Function
+    logit_statistics: Function
+    squares: Function
+    quantise: Function
+    adamw: Function
 
 
 def _widened(attend: Function) -> Function:
@@ -65,23 +63,41 @@ def _widened(attend: Function) -> Function:
     return attention
 
 
+def _ours(module: str, name: str) -> Later:
+    return Later(f"megacore.kernels.triton.{module}", name)
+
+
 TABLE: tuple[Kernel, ...] = (
     Kernel("linear", "onednn", linear.ONEDNN, linear.onednn_refuses),
     Kernel("linear", "float32", linear.WIDENED_FP16, linear.widened_refuses),
     Kernel("linear", "out_dtype", linear.FROM_16_BITS, linear.from_16_bits_refuses),
     Kernel("linear", "torch", linear.REFERENCE),
     Kernel("rms_norm", "fused", fused.rms_norm),
+    Kernel("rms_norm", "apex", apex.rms_norm, apex.refuses, by_default=False),
+    Kernel("rms_norm", "triton", _ours("norms", "rms_norm"), triton.refuses, by_default=False),
     Kernel("rms_norm", "reference", reference.rms_norm),
+    Kernel("rms_norm_add", "fused", fused.rms_norm_add),
+    Kernel("rms_norm_add", "triton", _ours("norms", "rms_norm_add"), triton.refuses, by_default=False),
+    Kernel("rms_norm_add", "reference", reference.rms_norm_add),
     Kernel("layer_norm", "torch", fused.layer_norm),
+    Kernel("layer_norm", "apex", apex.layer_norm, apex.refuses, by_default=False),
+    Kernel("layer_norm", "triton", _ours("norms", "layer_norm"), triton.refuses, by_default=False),
     Kernel("layer_norm", "reference", reference.layer_norm),
     Kernel("rope", "fused", fused.rope),
+    Kernel("rope", "triton", _ours("rope", "rope"), triton.refuses, by_default=False),
     Kernel("rope", "reference", reference.rope),
+    Kernel("rope_interleaved", "triton", _ours("rope", "rope_interleaved"), triton.refuses, by_default=False),
+    Kernel("rope_interleaved", "reference", reference.rope_interleaved),
     Kernel("swiglu", "fused", fused.swiglu),
+    Kernel("swiglu", "triton", _ours("activations", "swiglu"), triton.refuses, by_default=False),
     Kernel("swiglu", "reference", reference.swiglu),
+    Kernel("geglu", "triton", _ours("activations", "geglu"), triton.refuses, by_default=False),
     Kernel("geglu", "reference", reference.geglu),
     Kernel("gelu", "reference", reference.gelu),
     Kernel("gelu_erf", "reference", reference.gelu_erf),
     Kernel("relu2", "reference", reference.relu2),
+    Kernel("bias_gelu", "triton", _ours("activations", "bias_gelu"), triton.refuses, by_default=False),
+    Kernel("bias_gelu", "reference", reference.bias_gelu),
     Kernel("attention", "float32", _widened(fused.attention), linear.widened_refuses),
     Kernel("attention", "sdpa", fused.attention),
     Kernel("attention", "reference", reference.attention),
@@ -89,6 +105,15 @@ TABLE: tuple[Kernel, ...] = (
     Kernel("attention_dropout", "reference", reference.attention),
     Kernel("attention_softcap", "float32", _widened(reference.attention), linear.widened_refuses),
     Kernel("attention_softcap", "reference", reference.attention),
+    Kernel("softmax", "triton", _ours("softmax", "softmax"), triton.refuses, by_default=False),
+    Kernel("softmax", "reference", reference.softmax),
+    Kernel("logit_statistics", "triton", _ours("statistics", "logit_statistics"), triton.refuses, by_default=False),
+    Kernel("logit_statistics", "reference", reference.logit_statistics),
+    Kernel("squares", "triton", _ours("squares", "squares"), triton.refuses, by_default=False),
+    Kernel("squares", "reference", reference.squares),
+    Kernel("quantise", "triton", _ours("quantise", "quantise"), triton.refuses, by_default=False),
+    Kernel("quantise", "reference", reference.quantise),
+    *adamw.BACKENDS,
 )
 
 
@@ -109,24 +134,20 @@ def resolve(
     for operation in operations:
         candidates = [kernel for kernel in TABLE if kernel.operation == operation]
         kernel, choice = first_willing(candidates, device, dtype, wanted.get(operation, ""))
-        chosen[operation] = kernel.function
+        chosen[operation] = kernel.loaded
         choices.append(choice)
     return Kernels(**chosen), tuple(choices)
 
 
-def first_willing(
-    candidates: Sequence[Kernel], device: torch.device, dtype: torch.dtype, wanted: str = ""
-) -> tuple[Kernel, Choice]:
-    """The first of an operation's backends that accepts the device and dtype, or the one named ``wanted`` if it does.
-
-    Raises ValueError if there is none.
-    """
-    operation = candidates[0].operation
-    rejected: list[str] = []
-    for kernel in candidates:
-        if wanted in ("", kernel.backend):
-            if not (reason := kernel.refuses(device, dtype)):
-                return kernel, Choice(operation, kernel.backend, tuple(rejected))
-            rejected.append(f"{kernel.backend}: {reason}")
-    why = "; ".join(rejected) or f"no backend {wanted!r}"
-    raise ValueError(f"kernels: no {operation} for {dtype} on {device}: {why}")
+def explain(device: torch.device, dtype: torch.dtype, choices: tuple[Choice, ...]) -> list[str]:
+    """A line for every operation that was chosen for: what was taken, and of each other backend why not."""
+    lines = []
+    for choice in choices:
+        taken = choice.backend
+        told = [
+            f"{kernel.backend}: {reason_against(kernel, device, dtype, False) or f'{taken} comes first'}"
+            for kernel in TABLE
+            if kernel.operation == choice.operation and kernel.backend != taken.partition(" ")[0]
+        ]
+        lines.append(f"{choice.operation} ({taken}){'; not ' if told else ''}{'; not '.join(told)}")
+    return lines

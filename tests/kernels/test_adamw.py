@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megacore.kernels import adamw, native
 from megacore.kernels.adamw import AdamW, Moments, Rates
-from megacore.kernels.table import Choice
+from megacore.kernels.choice import Choice
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -239,11 +239,13 @@ def test_the_first_that_can_is_chosen_and_the_others_have_reasons() -> None:
     assert (function, choice.backend) == (adamw.fused, "torch")
     assert choice.rejected == ("native: it updates float32 weights, not torch.float64",)
     function, choice = adamw.choose(CPU, FP32, torch.float16)
-    assert (function, len(choice.rejected)) == (adamw.reference, 2)
+    assert (function, len(choice.rejected)) == (adamw.reference, 4)
     _, choice = adamw.choose(torch.device("cuda"), FP32, FP32)
     assert choice.rejected == ("native: it is for the CPU, not cuda",)
     assert adamw.choose(CPU, FP32, FP32, "torch")[0] is adamw.fused
-    with pytest.raises(ValueError, match="no backend 'apex'"):
+    with pytest.raises(ValueError, match="no backend 'cuda'"):
+        adamw.choose(CPU, FP32, FP32, "cuda")
+    with pytest.raises(ValueError, match="apex: no CUDA device"):
         adamw.choose(CPU, FP32, FP32, "apex")
 
 

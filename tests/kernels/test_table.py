@@ -1,6 +1,7 @@
-"""Every entry of the table against its reference, forward and backward, on odd shapes and strided inputs."""
+"""Every backend of the table against its operation's reference, forward and backward: on odd and empty shapes and on
+strided inputs, as ``operations`` says. Triton's kernels are among them where its interpreter runs (see test_triton.py).
+"""
 
-from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -8,13 +9,19 @@ import torch
 from torch import Tensor
 
 from megacore.kernels import reference
+from megacore.kernels.choice import Choice, Kernel
 from megacore.kernels.linear import LinearKernel
-from megacore.kernels.table import TABLE, Choice, Kernel, resolve
+from megacore.kernels.operations import OPERATIONS, Arguments, Operation, cast, tensors_of
+from megacore.kernels.table import TABLE, resolve
 
 CPU = torch.device("cpu")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FUNCTIONS = [kernel for kernel in TABLE if kernel.operation != "linear"]  # that is three products
-DTYPES = {torch.float64: 1e-13, torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
-ELEMENTWISE = ("swiglu", "geglu", "gelu", "gelu_erf", "relu2")
+LAYOUTS = ("contiguous", "transposed", "sliced")
+
+
+def name_of(kernel: Kernel) -> str:
+    return f"{kernel.operation}-{kernel.backend}"
 
 
 def numbers(*shape: int) -> Tensor:
@@ -23,96 +30,118 @@ def numbers(*shape: int) -> Tensor:
 
 def strided(x: Tensor, how: str) -> Tensor:
     """The same numbers laid out otherwise in memory."""
-    if how == "transposed":
+    if how == "transposed" and x.dim():
         return x.transpose(0, -1).contiguous().transpose(0, -1)
-    if how == "sliced":
+    if how == "sliced" and x.dim():
         wide = torch.full((*x.shape[:-1], x.shape[-1] + 3), torch.nan, dtype=x.dtype)
         wide[..., 1:-2] = x
         return wide[..., 1:-2]
     return x
 
 
-def cases(operation: str) -> Iterator[tuple[object, ...]]:
-    """Arguments, their floating-point tensors in float64."""
-    torch.manual_seed(0)
-    if operation in ELEMENTWISE:
-        for shape in ((1, 2), (5, 14), (3, 7, 22), (0, 6)):
-            yield (3 * numbers(*shape),)
-    elif operation == "rms_norm":
-        for shape in ((1, 1), (5, 7), (2, 3, 33)):
-            yield numbers(*shape), numbers(shape[-1]), 1e-5
-        yield 1e-4 * numbers(4, 9), numbers(9), 1e-5  # where eps counts
-        yield numbers(2, 3, 7), numbers(7), 1e-5, 1.0  # what is learned is the difference from 1
-    elif operation == "layer_norm":
-        for shape in ((1, 2), (5, 7), (2, 3, 33)):
-            yield 2 + numbers(*shape), numbers(shape[-1]), numbers(shape[-1]), 1e-5
-    elif operation == "rope":
-        for b, s, n, d in ((1, 1, 1, 2), (2, 5, 3, 6), (3, 4, 1, 10)):
-            for angles in (1, b):
-                angle = 9 * numbers(angles, s, 1, d // 2)
-                yield numbers(b, s, n, d), angle.cos(), angle.sin()
-                yield numbers(b, s, n, d + 3), angle.cos(), angle.sin()  # the last three dims stay
-    elif operation == "attention_softcap":
-        for *args, keep in (*attention_cases(dropping=False), *attention_cases(dropping=True)):
-            yield *args, keep, 0.7
-    else:
-        yield from attention_cases(dropping=operation == "attention_dropout")
-
-
-def attention_cases(dropping: bool) -> Iterator[tuple[object, ...]]:
-    for b, n, m, s, d in ((1, 1, 1, 1, 2), (2, 6, 2, 7, 5), (2, 3, 1, 9, 8), (1, 4, 4, 5, 3)):
-        q, k, v = numbers(b, n, s, d), numbers(b, m, s, d), numbers(b, m, s, d)
-        seen = torch.rand(b, 1, s, s) < 0.5
-        seen |= torch.eye(s, dtype=torch.bool)  # every token sees itself
-        bias = torch.where(seen, numbers(1, n, s, s), -torch.inf)
-        keep = ((torch.rand(b, n, s, s) < 0.7) / 0.7).double() if dropping else None
-        for mask, causal in ((None, True), (None, False), (seen, False), (bias, False)):
-            yield q, k, v, mask, causal, d**-0.5, keep
-
-
-def outcome(kernel: Kernel, args: tuple[object, ...], dtype: torch.dtype, how: str) -> list[Tensor]:
-    """The result and the gradients of everything that has one; inputs must stay as they were."""
-    inputs: list[object] = []
-    for place, arg in enumerate(args):
-        if isinstance(arg, Tensor) and arg.is_floating_point():
-            arg = strided(arg.to(dtype), how) if arg.dim() == 4 or place == 0 else arg.to(dtype)
-        inputs.append(arg)
-    with_grad = 1 if kernel.operation == "rope" else 3  # angles have none; masks come after the third
-    differentiable = [arg.requires_grad_() for arg in inputs[:with_grad] if isinstance(arg, Tensor)]
-    before = [arg.detach().clone() if isinstance(arg, Tensor) else arg for arg in inputs]
-    out = kernel.function(*inputs)
-    assert out.dtype == dtype
-    weight = torch.linspace(-1, 2, out.numel(), dtype=torch.float64).to(dtype).view(out.shape)
-    grads = torch.autograd.grad(out, differentiable, strided(weight, how))
-    for arg, old in zip(inputs, before):
-        assert torch.equal(arg, old) if isinstance(arg, Tensor) else arg == old, "an input was changed"
-    for arg in differentiable:
-        arg.requires_grad_(False)
-    return [out.detach(), *grads]
+def laid_out(argument: object, how: str) -> object:
+    """Every floating-point tensor of an argument, laid out so."""
+    if isinstance(argument, Tensor):
+        return strided(argument, how) if argument.is_floating_point() else argument
+    return [laid_out(each, how) for each in argument] if isinstance(argument, (list, tuple)) else argument
 
 
 @cache
-def wanted(operation: str) -> list[tuple[tuple[object, ...], list[Tensor]]]:
-    """All cases of an operation with what its reference makes of them in float64."""
-    name = "attention" if operation.startswith("attention_") else operation
-    meaning = Kernel(operation, "reference", getattr(reference, name))
-    return [(args, outcome(meaning, args, torch.float64, "contiguous")) for args in cases(operation)]
+def examples(operation: str, dtype: torch.dtype) -> list[Arguments]:
+    """All examples of an operation, rounded to ``dtype``."""
+    torch.manual_seed(0)
+    return [cast(args, dtype) for args in OPERATIONS[operation].examples()]
 
 
-@pytest.mark.parametrize("how", ["contiguous", "transposed", "sliced"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernel", FUNCTIONS, ids=lambda kernel: f"{kernel.operation}-{kernel.backend}")
-def test_entry_is_its_reference(kernel: Kernel, dtype: torch.dtype, how: str) -> None:
-    tolerance = DTYPES[dtype]
+def outcome(operation: Operation, function: object, args: Arguments, how: str) -> list[Tensor]:
+    """The results and the gradients of everything that has one; inputs stay as they were, or are the results."""
+    inputs = [laid_out(arg, how) if how != "contiguous" else arg for arg in args]
+    if operation.in_place:
+        inputs = [[each.clone() for each in arg] if isinstance(arg, (list, tuple)) else arg for arg in inputs]
+    before = [tensor.detach().clone() for tensor in tensors_of(inputs)]
+    differentiable = [inputs[place].requires_grad_() for place in operation.with_grad]
+    results = tensors_of(operation.call(function, *inputs))
+    pulled = [result for result in results if result.requires_grad]
+    assert len(pulled) == (len(results) if differentiable else 0)
+    weights = [strided(torch.linspace(-1, 2, each.numel()).to(each.dtype).view(each.shape), how) for each in pulled]
+    grads = torch.autograd.grad(pulled, differentiable, weights) if pulled else ()
+    for arg in differentiable:
+        arg.requires_grad_(False)
+    if not operation.in_place:
+        for arg, old in zip(tensors_of(inputs), before, strict=True):
+            assert torch.equal(arg.nan_to_num(7.0), old.nan_to_num(7.0)), "an input was changed"
+    return [result.detach() for result in results] + list(grads)
+
+
+@cache
+def wanted(name: str, dtype: torch.dtype) -> list[list[Tensor]]:
+    """What the reference makes, in float64, of every example that was rounded to ``dtype``."""
+    operation = OPERATIONS[name]
+    return [outcome(operation, operation.reference, widened(args), "contiguous") for args in examples(name, dtype)]
+
+
+def widened(argument: object) -> object:
+    if isinstance(argument, Tensor):
+        return argument.double() if argument.is_floating_point() and argument.dim() else argument
+    return tuple(map(widened, argument)) if isinstance(argument, (list, tuple)) else argument
+
+
+@pytest.mark.parametrize("how", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", FUNCTIONS, ids=name_of)
+def test_a_backend_is_its_reference(kernel: Kernel, dtype: torch.dtype, how: str) -> None:
+    operation = OPERATIONS[kernel.operation]
+    if dtype not in operation.tolerance:
+        pytest.skip(f"{operation.name} is not for {dtype}")
+    if operation.in_place and how != "contiguous":
+        pytest.skip(f"{operation.name} takes contiguous tensors")
     if reason := kernel.refuses(CPU, dtype):
         pytest.skip(reason)
-    for args, wants in wanted(kernel.operation):
-        for got, want in zip(outcome(kernel, args, dtype, how), wants, strict=True):
-            torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+    tolerance = operation.tolerance[dtype]
+    for args, wants in zip(examples(operation.name, dtype), wanted(operation.name, dtype), strict=True):
+        with torch.no_grad():
+            formats = [each.dtype for each in tensors_of(operation.call(operation.reference, *cloned(args)))]
+        gots = outcome(operation, kernel.loaded, args, how)
+        assert [got.dtype for got in gots[: len(formats)]] == formats
+        for got, want in zip(gots, wants, strict=True):
+            torch.testing.assert_close(
+                got.double(), want.double(), rtol=tolerance, atol=tolerance, equal_nan=not tolerance
+            )
 
 
-@pytest.mark.parametrize("how", ["contiguous", "transposed", "sliced"])
-@pytest.mark.parametrize("dtype", DTYPES)
+def cloned(argument: object) -> object:
+    if isinstance(argument, Tensor):
+        return argument.clone()
+    return tuple(map(cloned, argument)) if isinstance(argument, (list, tuple)) else argument
+
+
+@pytest.mark.parametrize("kernel", FUNCTIONS, ids=name_of)
+def test_tensors_without_numbers_go_through(kernel: Kernel) -> None:
+    """Shapes and formats of results and gradients are known without a device, as torch.compile needs it."""
+    operation = OPERATIONS[kernel.operation]
+    try:
+        function = kernel.loaded
+    except ImportError as reason:
+        pytest.skip(str(reason))
+    if kernel.backend == "apex" or (kernel.backend == "native" and kernel.refuses(CPU, torch.float32)):
+        pytest.skip(kernel.refuses(CPU, torch.float32))
+    for args in examples(operation.name, torch.float32):
+        want = outcome(operation, operation.reference, args, "contiguous")
+        got = outcome_on_meta(operation, function, cast(args, torch.float32, "meta"))
+        assert [(one.shape, one.dtype) for one in got] == [(one.shape, one.dtype) for one in want]
+        assert all(one.is_meta for one in got)
+
+
+def outcome_on_meta(operation: Operation, function: object, args: Arguments) -> list[Tensor]:
+    differentiable = [args[place].requires_grad_() for place in operation.with_grad]
+    results = tensors_of(operation.call(function, *args))
+    if not differentiable:
+        return results
+    return [*results, *torch.autograd.grad(results, differentiable, [torch.empty_like(each) for each in results])]
+
+
+@pytest.mark.parametrize("how", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kernel", [k for k in TABLE if k.operation == "linear"], ids=lambda kernel: kernel.backend)
 def test_a_linear_kernel_is_three_products(kernel: Kernel, dtype: torch.dtype, how: str) -> None:
     """Also where a rank has no rows, no columns or no tokens."""
@@ -120,7 +149,7 @@ def test_a_linear_kernel_is_three_products(kernel: Kernel, dtype: torch.dtype, h
         with pytest.raises(ValueError, match="no linear"):
             resolve(CPU, dtype, {"linear": kernel.backend})
         return
-    linear, tolerance = kernel.function, DTYPES[dtype]
+    linear, tolerance = kernel.function, 2 * OPERATIONS["linear"].tolerance[dtype]
     assert isinstance(linear, LinearKernel)
     torch.manual_seed(0)
     for t, i, o in ((1, 1, 1), (5, 7, 3), (33, 18, 65), (4, 6, 0), (0, 6, 4), (4, 0, 6)):
@@ -142,16 +171,18 @@ def test_a_linear_kernel_is_three_products(kernel: Kernel, dtype: torch.dtype, h
 def test_a_gradient_that_is_one_number_repeated() -> None:
     """What sum() sends back has strides of 0."""
     for kernel in TABLE:
-        if kernel.operation in ELEMENTWISE:
+        if kernel.operation in ("swiglu", "geglu", "gelu", "gelu_erf", "relu2") and not kernel.refuses(
+            CPU, torch.float64
+        ):
             x = numbers(4, 6).requires_grad_()
-            (got,) = torch.autograd.grad(kernel.function(x).sum(), x)
+            (got,) = torch.autograd.grad(kernel.loaded(x).sum(), x)
             (want,) = torch.autograd.grad(getattr(reference, kernel.operation)(x).sum(), x)
             torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
 
 
 def test_each_operation_takes_the_first_backend_that_is_willing() -> None:
     kernels, choices = resolve(CPU, torch.float32)
-    willing = [kernel for kernel in TABLE if not kernel.refuses(CPU, torch.float32)]
+    willing = [kernel for kernel in TABLE if kernel.by_default and not kernel.refuses(CPU, torch.float32)]
     firsts = {kernel.operation: kernel for kernel in reversed(willing)}
     assert [(choice.operation, choice.backend) for choice in choices] == [
         (kernel.operation, kernel.backend) for kernel in sorted(firsts.values(), key=TABLE.index)
