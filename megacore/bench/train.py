@@ -120,6 +120,7 @@ def configure(overrides: Sequence[str] = ()) -> RunConfig:
     wrong += [f"model.{key}" for key in ("tie_embeddings", "attention_dropout") if getattr(model, key)]
     wrong += ["model.rope_scaling"] if model.rope_scaling.type != "none" else []
     wrong += [f"precision.dtype={config.precision.dtype}"] if config.precision.dtype != "fp32" else []
+    wrong += [f"precision.fp8={config.precision.fp8}"] if config.precision.fp8 != "off" else []
     if wrong:
         raise ValueError(
             f"{', '.join(wrong)}: the baselines of this benchmark compute a plain Llama in fp32; leave it so"

@@ -103,6 +103,11 @@ def make_plan(run: RunConfig, named: str | None, max_ranks: int, shrink: bool | 
     problems: list[str] = []
     layouts, num_legal = choose(as_one_step(run), named, max_ranks, problems)
     run, data = with_data(as_one_step(run), problems)
+    if as_run and run.precision.fp8 != "off":
+        problems.append(
+            f"precision.fp8={run.precision.fp8} rounds so coarsely that rounding differences between layouts tip codes "
+            "over, which --as-run would take for errors; leave --as-run out, or set precision.fp8=off"
+        )
     if problems:
         raise ConfigError(problems)
     run = replace(run, model=resolve(replace(run, parallel=ONE), 1).model)

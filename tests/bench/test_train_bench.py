@@ -38,6 +38,8 @@ def test_models_that_the_baselines_do_not_know_are_refused() -> None:
         configure(["model.qk_norm=true", "model.sliding_window=8"])
     with pytest.raises(ValueError, match="model.activation=gelu"):
         configure(["model.activation=gelu"])
+    with pytest.raises(ValueError, match="precision.fp8=current"):
+        configure(["precision.fp8=current"])
 
 
 def test_an_unknown_case_and_no_rounds_are_refused() -> None:

@@ -48,6 +48,13 @@ def test_as_run_adds_one_process_in_the_runs_dtype() -> None:
     assert plan_of(demo("precision.dtype=fp64"), as_run=True).dtype == "fp64"
 
 
+def test_fp8_is_left_out_of_float64_and_refused_as_run() -> None:
+    plan = plan_of(demo("precision.fp8=current", "precision.fp8_skip_first=1"), "tp=2")
+    assert {trial.config.precision.fp8 for trial in plan.computed} == {"off"}
+    with pytest.raises(ConfigError, match="precision.fp8=current rounds so coarsely .* leave --as-run out"):
+        plan_of(demo("precision.fp8=current"), "tp=2", as_run=True)
+
+
 def test_one_step_of_sgd_without_what_comes_around_it() -> None:
     run = demo("optim.weight_decay=0.3", "optim.lr=0.5", "log.tensorboard=true", "train.eval_every=3")
     config = plan_of(run).trials[0].config
