@@ -11,6 +11,7 @@ from megacore.config.schema import RunConfig
 from megacore.kernels.fp8.formats import Scaled
 from megacore.kernels.fp8.recipes import Role
 from megacore.mesh.group import CommLog
+from megacore.model.inputs import Inputs
 from megacore.parallel.fp8 import Fp8, Kind
 from megacore.spec import ModelSpec
 from megacore.spec.fp8 import fp8_layers, fp8_weight_bytes
@@ -288,6 +289,17 @@ def test_evaluation_leaves_no_trace(recipe: str) -> None:
     for step in range(1, 4):
         looking.trainer.evaluate(microbatches_of(batch_of(config, 100 + step), config, 0, 1))
         assert step_of(plain, step, 3e-3) == step_of(looking, step, 3e-3)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_samples_may_have_any_length(recipe: str) -> None:
+    """Sampling computes forwards only, where tokens are not summed over."""
+    config = config_with(recipe)
+    built = built_rank(0, 1, config)
+    for length in (1, 5):
+        token_bs = torch.arange(length)[None]
+        logits = built.trainer.logits(Inputs(token_bs, token_bs, torch.zeros(1, dtype=torch.int64)))
+        assert logits is not None and logits.shape == (length, 67) and logits.isfinite().all()
 
 
 def test_an_overflow_skips_the_step_and_is_no_history() -> None:
