@@ -16,6 +16,7 @@ RULES: Mapping[str, str] = MappingProxyType(
         # who computes what, and what is shown or kept: the same numbers, up to the order of summation
         "parallel": SAFE,
         "checkpoint": SAFE,
+        "kernels": SAFE,
         "log": SAFE,
         "out": SAFE,
         "train.steps": SAFE,  # where it moves the learning rate, optim.decay_steps differs, too

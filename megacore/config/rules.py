@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 from megacore.config.batch import batch_problems, multiples
 from megacore.config.fp8 import fp8_problems
+from megacore.config.kernels import kernel_problems
 from megacore.config.offload import split_problem
 from megacore.config.param_groups import param_group_problems
 from megacore.config.pipeline import cut_problem, num_chunks, schedule_problems
@@ -288,6 +289,10 @@ def _fp8(config: RunConfig, world_size: int | None) -> Iterator[str]:
     yield from fp8_problems(config)
 
 
+def _kernels(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    yield from kernel_problems(config)
+
+
 def _softcap(config: RunConfig, world_size: int | None) -> Iterator[str]:
     """Smoothed labels give every logit a gradient, which the soft cap's slope multiplies: no logit may be lost on the
     way to it, and what is kept of one is its exponential against the largest (see `parallel/cross_entropy.py`)."""
@@ -393,6 +398,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_param_groups, ("optim.groups",)),
     (_precision, ("precision",)),
     (_fp8, ("model", "parallel.tp", "precision", "train.seq_len", "train.micro_batch_size")),
+    (_kernels, ("kernels.use", "model", "optim.name")),
     (_softcap, ("model.logit_softcap", "train.label_smoothing", "precision.dtype")),
     (_data, ("data", "train.eval_every")),
     (_checkpoint, ("checkpoint", "train.eval_every")),

@@ -311,6 +311,14 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class KernelsConfig:
+    """Which implementations of fused operations are taken."""
+
+    use: tuple[str, ...] = key((), 'list of "OPERATION=BACKEND"; of all others the fastest that was measured')
+    explain: bool = key(False, "say at the start why each other backend was not taken")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run, whole."""
 
@@ -319,6 +327,7 @@ class RunConfig:
     train: TrainConfig = key(TrainConfig, "length and batch")
     optim: OptimConfig = key(OptimConfig, "the update rule")
     precision: PrecisionConfig = key(PrecisionConfig, "number formats")
+    kernels: KernelsConfig = key(KernelsConfig, "implementations")
     data: DataConfig = key(DataConfig, "the corpus")
     checkpoint: CheckpointConfig = key(CheckpointConfig, "saving and resuming")
     log: LogConfig = key(LogConfig, "watching")

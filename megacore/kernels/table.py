@@ -8,8 +8,8 @@ and call it; they never choose. ``operations`` says what each operation means an
 Rows begin with two literals, which the config reads without importing this file.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -28,14 +28,12 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Kernels:
-    """The chosen implementations; signatures are those of ``reference``."""
+    """The chosen implementations of what models call; signatures are those of ``reference``."""
 
     linear: LinearKernel
     rms_norm: Function
-    rms_norm_add: Function
     layer_norm: Function
     rope: Function
-    rope_interleaved: Function
     swiglu: Function
     geglu: Function
     gelu: Function
@@ -44,12 +42,6 @@ class Kernels:
     attention: Function
     attention_dropout: Function
     attention_softcap: Function
-    bias_gelu: Function
-    softmax: Function
-    logit_statistics: Function
-    squares: Function
-    quantise: Function
-    adamw: Function
 
 
 def _widened(attend: Function) -> Function:
@@ -126,7 +118,7 @@ def resolve(
     that refuses this device and dtype.
     """
     wanted = dict(wanted or {})
-    operations = tuple(dict.fromkeys(kernel.operation for kernel in TABLE))
+    operations = tuple(field.name for field in fields(Kernels))
     if unknown := set(wanted).difference(operations):
         raise ValueError(f"kernels: {sorted(unknown)} are not operations; there are {list(operations)}")
     chosen: dict[str, Any] = {}
@@ -139,15 +131,25 @@ def resolve(
     return Kernels(**chosen), tuple(choices)
 
 
-def explain(device: torch.device, dtype: torch.dtype, choices: tuple[Choice, ...]) -> list[str]:
-    """A line for every operation that was chosen for: what was taken, and of each other backend why not."""
+def explain(device: torch.device, dtype: torch.dtype, choices: Sequence[Choice]) -> list[str]:
+    """A line for every choice: what was taken, and of each other backend why not. ``dtype`` is that of parameters."""
     lines = []
     for choice in choices:
-        taken = choice.backend
-        told = [
-            f"{kernel.backend}: {reason_against(kernel, device, dtype, False) or f'{taken} comes first'}"
-            for kernel in TABLE
-            if kernel.operation == choice.operation and kernel.backend != taken.partition(" ")[0]
-        ]
-        lines.append(f"{choice.operation} ({taken}){'; not ' if told else ''}{'; not '.join(told)}")
+        others = [kernel for kernel in TABLE if kernel.operation == choice.operation]
+        taken = next((k for k in others if choice.backend in (k.backend, f"{k.backend} {_note(choice)}")), None)
+        # an optimizer updates 16-bit parameters in float32
+        numbers = torch.promote_types(dtype, torch.float32) if choice.operation == "adamw" else dtype
+        told = list(choice.rejected)
+        for kernel in others[others.index(taken) + 1 :] if taken else ():
+            told.append(f"{kernel.backend}: {_reason(kernel, device, numbers) or f'{choice.backend} comes first'}")
+        lines.append(f"{choice.operation} ({choice.backend}){''.join(f'; not {each}' for each in told)}")
     return lines
+
+
+def _note(choice: Choice) -> str:
+    """What a backend says of itself behind its name: "(avx512)"."""
+    return choice.backend[choice.backend.find("(") :]
+
+
+def _reason(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str:
+    return reason_against(kernel, device, dtype, named=False)

@@ -32,11 +32,15 @@ class AdamSteps(ElementWise):
             rejected = (f"kernels update weights as they are, and those of {share.dtype} are updated in {self.dtype}",)
         else:
             self.plain = Moments(first.data, second.data, self.clock)
-            kernel, choice = adamw.choose(share.device, share.dtype, first.dtype)
+            kernel, choice = adamw.choose(share.device, share.dtype, first.dtype, share.kernel)
             rejected = choice.rejected
-            if kernel is not adamw.reference:  # whose temporaries would not stay in cache
+            if share.kernel or kernel is not adamw.reference:  # whose temporaries would not stay in cache
                 self.kernel = kernel
         if self.kernel is None:
+            if share.kernel:
+                raise ValueError(
+                    f"kernels.use holds adamw={share.kernel}, but {rejected[0]}; leave it out, or choose other formats"
+                )
             choice = Choice(type(self).__name__.lower(), "torch in chunks", rejected)
         self.kernels = (choice,)
         self.writes_copies = self.kernel is not None and any(copy.dtype == torch.bfloat16 for copy in share.copies)

@@ -49,6 +49,8 @@ class Share:
     """int16: the lower halves of weights of which ``weights`` are the upper ones (``kernels.halves``)."""
     allocate: Callable[[int, torch.dtype, torch.device], Tensor] = allocate_zeros
     """Gives the memory of ``zeros``."""
+    kernel: str = ""
+    """The backend of Adam and AdamW that is wanted, if one is."""
     copies: tuple[Tensor, ...] = ()
     """Where a rule may write the new weights, too, rounded: the parameters, if those are others. Empty if not."""
 

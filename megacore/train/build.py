@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from megacore.config.kernels import OPTIMIZER, operations_of, wanted, wanted_of_model
 from megacore.config.offload import on_host, split_problem
-from megacore.config.schema import ModelConfig, PrecisionConfig, RunConfig
+from megacore.config.schema import PrecisionConfig, RunConfig
 from megacore.config.settings import settings
 from megacore.config.write import config_hash
 from megacore.kernels.fp8.products import product_of
 from megacore.kernels.fp8.recipes import Blocks, Current, Delayed, Recipe
-from megacore.kernels.table import Choice, Kernels, resolve
+from megacore.kernels.table import Choice, Kernels, explain, resolve
 from megacore.layout import Layout
 from megacore.layout.policy import ShardingPolicy
 from megacore.mesh import process_group
@@ -58,6 +59,8 @@ class Built:
     storage: Storage
     trainer: Trainer
     kernels: tuple[Choice, ...]
+    kernel_reasons: tuple[str, ...]
+    """Why others were not chosen, where that was asked for."""
     failpoints: Failpoints
     """Faults that tests ask for; none else."""
 
@@ -87,7 +90,7 @@ def build(
         kv_replicas = max(1, layout.tp // config.model.num_kv_heads)
         mesh = ParallelMesh.build(layout, info.rank, device, kv_replicas, log)
     dtype = dict(DTYPES)[config.precision.dtype]
-    kernels, choices = resolve(device, dtype)
+    kernels, choices = resolve(device, dtype, wanted_of_model(config.kernels.use))
     plan = partial(plan_schedule, config)
     home = plan(config.train.global_batch_size // (config.train.micro_batch_size * layout.dp)).home
     with phases.time("model"):
@@ -119,8 +122,9 @@ def build(
         )
     used = operations_of(config.model)
     chosen = (*(c for c in choices if c.operation in used), *of_fp8, *rule.kernels)
+    reasons = tuple(explain(device, dtype, chosen)) if config.kernels.explain else ()
     failpoints = Failpoints.of(os.environ, info.rank)
-    return Built(config, spec, mesh, stages, storage, trainer, chosen, failpoints)
+    return Built(config, spec, mesh, stages, storage, trainer, chosen, reasons, failpoints)
 
 
 def make_fp8(
@@ -163,20 +167,6 @@ def make_stages(
                 recompute=config.parallel.recompute,
             )
     return stages
-
-
-def operations_of(model: ModelConfig) -> frozenset[str]:
-    """The kernels that a model calls."""
-    norms = {"rmsnorm": "rms_norm", "layernorm": "layer_norm"}
-    attention = "attention_softcap" if model.attention_softcap else "attention"
-    used = {"linear", norms[model.norm], model.activation.replace("-", "_"), attention}
-    if model.position == "rope":
-        used.add("rope")
-    if model.qk_norm and model.qk_norm_over == "head":
-        used.add("rms_norm")
-    if model.attention_dropout and not model.attention_softcap:
-        used.add("attention_dropout")
-    return frozenset(used)
 
 
 def make_storage(
@@ -249,6 +239,7 @@ def make_optimizer(config: RunConfig, spec: ModelSpec, storage: Storage) -> Rule
         device=device,
         format=StateFormat.of(config.optim, config.train.seed, config.precision.master),
         lower=storage.lower,
+        kernel=wanted(config.kernels.use).get(OPTIMIZER, ""),
         copies=() if storage.master is None else storage.own_params,
     )
     buckets = [[slot.name for slot in slots] for slots in storage.lending.slots]

@@ -106,6 +106,8 @@ class Reporter:
         for line in overview(c, built.spec, layout, self.mesh.device.type, data.summary):
             console.line(line)
         console.line("kernels  " + ", ".join(f"{choice.operation} ({choice.backend})" for choice in built.kernels))
+        for line in built.kernel_reasons:
+            console.line(f"         {line}")
         console.line()
         for line in phase_lines(phases, console.paint):
             console.line(line)

@@ -13,6 +13,7 @@ from tests.engine.common import run_config
 BY_SECTION = {
     "parallel": SAFE,
     "checkpoint": SAFE,
+    "kernels": SAFE,
     "log": SAFE,
     "train": MATHS,
     "optim": MATHS,

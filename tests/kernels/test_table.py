@@ -2,17 +2,19 @@
 strided inputs, as ``operations`` says. Triton's kernels are among them where its interpreter runs (see test_triton.py).
 """
 
+from dataclasses import fields
 from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
-from megacore.kernels import reference
+from megacore.config.kernels import OPTIMIZER, backends
+from megacore.kernels import adamw, reference
 from megacore.kernels.choice import Choice, Kernel
 from megacore.kernels.linear import LinearKernel
 from megacore.kernels.operations import OPERATIONS, Arguments, Operation, cast, tensors_of
-from megacore.kernels.table import TABLE, resolve
+from megacore.kernels.table import TABLE, Kernels, explain, first_willing, resolve
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -182,10 +184,15 @@ def test_a_gradient_that_is_one_number_repeated() -> None:
 
 def test_each_operation_takes_the_first_backend_that_is_willing() -> None:
     kernels, choices = resolve(CPU, torch.float32)
-    willing = [kernel for kernel in TABLE if kernel.by_default and not kernel.refuses(CPU, torch.float32)]
+    called = {field.name for field in fields(Kernels)}
+    willing = [
+        kernel
+        for kernel in TABLE
+        if kernel.operation in called and kernel.by_default and not kernel.refuses(CPU, torch.float32)
+    ]
     firsts = {kernel.operation: kernel for kernel in reversed(willing)}
     assert [(choice.operation, choice.backend) for choice in choices] == [
-        (kernel.operation, kernel.backend) for kernel in sorted(firsts.values(), key=TABLE.index)
+        (operation, firsts[operation].backend) for operation in (field.name for field in fields(Kernels))
     ]
     for operation, kernel in firsts.items():
         assert getattr(kernels, operation) is kernel.function
@@ -212,10 +219,48 @@ def test_a_backend_that_refuses_is_passed_over_with_its_reason(monkeypatch: pyte
     monkeypatch.setattr("megacore.kernels.table.TABLE", (picky, *TABLE))
     kernels, choices = resolve(CPU, torch.float32)
     assert kernels.relu2 is reference.relu2
-    assert choices[0] == Choice("relu2", "reference", ("picky: wants bf16, not torch.float32",))
+    assert Choice("relu2", "reference", ("picky: wants bf16, not torch.float32",)) in choices
     assert resolve(CPU, torch.bfloat16)[0].relu2 is torch.relu
     with pytest.raises(ValueError, match="no relu2 for torch.float32 on cpu: picky: wants bf16, not torch.float32"):
         resolve(CPU, torch.float32, {"relu2": "picky"})
+
+
+def test_what_nobody_has_measured_is_taken_by_name_only() -> None:
+    eager = Kernel("rope", "unmeasured", reference.rope, by_default=False)
+    kernel, choice = first_willing((eager, *(k for k in TABLE if k.operation == "rope")), CPU, torch.float32)
+    assert kernel.backend == "fused"
+    assert choice.rejected == (
+        "unmeasured: its speed on cpu has not been measured; kernels.use=rope=unmeasured takes it",
+    )
+    assert first_willing((eager,), CPU, torch.float32, "unmeasured")[0] is eager
+
+
+def test_every_operation_of_the_table_is_described() -> None:
+    assert list(OPERATIONS) == list(dict.fromkeys(kernel.operation for kernel in TABLE))
+
+
+def test_the_config_reads_the_rows_as_they_are() -> None:
+    called = {field.name for field in fields(Kernels)} | {OPTIMIZER}
+    assert backends() == {
+        operation: tuple(kernel.backend for kernel in TABLE if kernel.operation == operation)
+        for operation in OPERATIONS
+        if operation in called
+    }
+
+
+def test_of_every_backend_there_is_a_reason() -> None:
+    _, choices = resolve(CPU, torch.float32)
+    _, adam = adamw.choose(CPU, torch.float32, torch.float32)
+    lines = explain(CPU, torch.float32, (*choices, adam))
+    for choice, line in zip((*choices, adam), lines, strict=True):
+        assert line.startswith(f"{choice.operation} ({choice.backend})")
+        for kernel in TABLE:
+            taken = choice.backend.partition(" ")[0]
+            if kernel.operation == choice.operation and kernel.backend != taken:
+                assert f"; not {kernel.backend}: " in line
+    (rms_norm,) = (line for line in lines if line.startswith("rms_norm ("))
+    assert rms_norm.endswith("; not reference: fused comes first")
+    assert "not apex: no CUDA device" in rms_norm
 
 
 def test_strangers_are_refused() -> None:
