@@ -171,7 +171,7 @@ class Storage:
             self.arriving[bucket] = all_gather_start(own, self.shards, out=self.params[start:end])
 
     def arrive(self) -> None:
-        """Wait for all weights that are on their way."""
+        """Wait for all weights that are on their way; before anybody but the optimizer writes to weights."""
         for bucket in list(self.arriving):
             self._arrive(bucket)
 

@@ -104,6 +104,7 @@ class State:
 
         Raises ValueError where something is damaged, missing or of another shape; state is then neither old nor new.
         """
+        self.storage.arrive()  # weights on their way must not come after those that are loaded
         there = checkpoint.manifest.tensors
         for part in self.parts:
             if part.key in self.initial and part.key not in there:
@@ -116,6 +117,7 @@ class State:
     @torch.no_grad()
     def load_weights(self, source: WeightSource) -> None:
         """Take weights alone, slice by slice, from wherever they lie."""
+        self.storage.arrive()
         for part in self.parts:
             if part.key.startswith(WEIGHTS):
                 for each in part.in_slices():
