@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megacore.bench.bubble import Bubble
     from megacore.bench.harness import AnyCase, Comparison
+    from megacore.bench.kernels import Measured as Kernel
     from megacore.bench.optim import Measured
 
 
@@ -40,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megacore bench", description=__doc__.partition(": ")[2])
     parser.set_defaults(report="megacore.bench.report", found="comparisons")
     groups = parser.add_subparsers(
-        dest="benchmark", required=True, metavar="{data,train,pipeline,zero,bubble,optim,checkpoint,convert}"
+        dest="benchmark", required=True, metavar="{data,train,pipeline,zero,bubble,optim,kernels,checkpoint,convert}"
     )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -115,6 +116,18 @@ def add_steps(groups: Any, common: Any, cases: Any, keys: Any) -> None:
     )
     optim.add_argument("--rounds", type=int, default=15, help="timed steps of each side (default 15)")
     optim.set_defaults(measure=measure_optim, report="megacore.bench.optim_report", found="cases")
+    kernels = groups.add_parser(
+        "kernels",
+        parents=[common, cases],
+        help="every backend of every operation against a copy's bandwidth or a product's peak, torch.compile and Liger",
+    )
+    kernels.add_argument("--rounds", type=int, default=15, help="timed calls of each side (default 15)")
+    kernels.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is")
+    kernels.add_argument("--dtype", action="append", metavar="NAME", help="fp32, bf16 or fp16; may be given again")
+    kernels.add_argument("--tokens", type=int, default=0, metavar="N", help="default 2048; on CUDA 16384")
+    kernels.add_argument("--hidden", type=int, default=0, metavar="N", help="default 2048; on CUDA 4096")
+    kernels.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes its time")
+    kernels.set_defaults(measure=measure_kernels, report="megacore.bench.kernels_report", found="cases")
 
 
 def measure_data(arguments: argparse.Namespace) -> list["Comparison"]:
@@ -223,6 +236,22 @@ def measure_optim(arguments: argparse.Namespace) -> list["Measured"]:
 
     config = configure(arguments.overrides)
     return [measure(case, config, arguments.rounds) for case in chosen(arguments.case, CASES)]
+
+
+def measure_kernels(arguments: argparse.Namespace) -> list["Kernel"]:
+    """Fused operations, in this process: each (a case) with every willing backend, in every format."""
+    from megacore.bench.kernels import measure, peak_of, sizes
+    from megacore.kernels.operations import OPERATIONS
+
+    operations = chosen(arguments.case, tuple(OPERATIONS.values()))
+    found: list[Kernel] = []
+    for size in sizes(arguments.device, arguments.dtype, arguments.tokens, arguments.hidden):
+        peak = peak_of(size)
+        for operation in operations:
+            if size.dtype in operation.tolerance:
+                sys.stderr.write(f"{operation.name}, {size.dtype} ...\n")
+                found += measure(operation.name, size, arguments.rounds, peak, not arguments.no_compile)
+    return found
 
 
 def chosen(names: Sequence[str] | None, cases: Sequence["AnyCase"]) -> Sequence["AnyCase"]:

@@ -38,7 +38,8 @@ class Operation:
     (function, *arguments) gives the results: a tensor, or a tuple of them. ``with_grad`` are the places of arguments
     that have gradients. ``saved`` is what a backward must read besides the gradient: its "inputs", its "outputs" or
     "nothing".
-    ``flops`` are per element of the largest argument, forward and backward, or a function of the arguments.
+    ``flops`` are per element of the first argument, forward and backward; of products, a function of the
+    arguments.
     """
 
     name: str
@@ -249,8 +250,13 @@ def _heads(t: int, h: int) -> Arguments:
     return q, k, v, None, True, HEAD**-0.5
 
 
+def _dropping_heads(t: int, h: int) -> Arguments:
+    q, *rest = _heads(t, h)
+    return q, *rest, (torch.rand(*q.shape[:2], t, t) < 0.9).double() / 0.9
+
+
 def _attention_flops(q: Tensor, k: Tensor, *_: Any) -> tuple[float, float]:
-    """Causal: half of the square."""
+    """Two products forward and five backward, of which a causal mask leaves half."""
     forward = 2.0 * q.numel() * k.shape[2]
     return forward, 2.5 * forward
 
@@ -298,7 +304,7 @@ def _operations() -> Iterator[Operation]:
     )
     attend: dict[str, Any] = {"with_grad": (0, 1, 2), "flops": _attention_flops}
     yield Operation("attention", r.attention, _attentions(False), _heads, **attend)
-    yield Operation("attention_dropout", r.attention, _attentions(True), _heads, **attend)
+    yield Operation("attention_dropout", r.attention, _attentions(True), _dropping_heads, **attend)
     yield Operation("attention_softcap", r.attention, _softcapped, lambda t, h: (*_heads(t, h), None, 50.0), **attend)
     yield Operation(
         "softmax", r.softmax, _scores, lambda t, h: (numbers(1, 1, t, h), None, False, 1.0), saved="outputs"
