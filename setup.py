@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 DATA, CPU = "megacore.data._native", "megacore.kernels._cpu"
 COSTS = {
     DATA: "sample indices of large corpora are built more slowly (numpy); it needs C++17",
-    CPU: "AdamW on the CPU is torch's instead of ours; it needs C++20, and torch where it is built:\n"
+    CPU: "AdamW, RMSNorm and SwiGLU on the CPU are torch's, not ours; it needs C++20, and torch where it is built:\n"
     "megacore: pip install torch setuptools pybind11, then pip install --no-build-isolation -e .",
 }
 

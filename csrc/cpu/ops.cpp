@@ -9,10 +9,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "adamw.h"
+#include "rows.h"
 
 namespace {
 
@@ -24,7 +26,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
-constexpr std::int64_t kInterface = 2;  // as in megacore/kernels/native.py
+constexpr std::int64_t kInterface = 3;  // as in megacore/kernels/native.py
 constexpr std::int64_t kGrain = 1 << 15;  // elements that are worth a thread
 
 struct Named {
@@ -52,7 +54,7 @@ Isa isa_named(const std::string& name) {
     for (const Named& each : kIsas) {
         if (megacore::supported(each.isa) && (name.empty() || name == each.name)) return each.isa;
     }
-    STD_TORCH_CHECK(false, "adamw_: isa '", name, "' is not one of this processor's: ", isas());
+    STD_TORCH_CHECK(false, "isa '", name, "' is not one of this processor's: ", isas());
 }
 
 double scalar(const Tensor& tensor, const char* name) {
@@ -136,6 +138,98 @@ void adamw_(Tensors weights, Tensors grads, Tensors first, Tensors second, Tenso
     return run<BFloat16, BFloat16>(in);
 }
 
+constexpr std::int64_t kBlock = 32;  // rows whose share of a weight's gradient is summed before the others'
+
+void check_rows(const Tensor& tensor, std::int64_t numel, ScalarType dtype, const char* name) {
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous() && tensor.numel() == numel &&
+                        tensor.scalar_type() == dtype,
+                    name, " must be contiguous in host memory, with ", numel, " elements, of the dtype of the others");
+}
+
+// Rows that are worth a thread.
+std::int64_t grain_of(std::int64_t width) { return std::max<std::int64_t>(1, kGrain / std::max<std::int64_t>(1, width)); }
+
+template <typename Function>
+void by_dtype(const Tensor& tensor, const Function& function) {
+    if (tensor.scalar_type() == ScalarType::Float) return function(float{});
+    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::BFloat16, "rows must be float32 or bfloat16");
+    function(BFloat16{});
+}
+
+template <typename T>
+const T* read(const Tensor& tensor) {
+    return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+T* write(const Tensor& tensor) {
+    return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// See megacore/kernels/compiled.py. x, y [rows, width], weight [width], inverse [rows].
+void rms_norm_(Tensor x, Tensor weight, Tensor y, Tensor inverse, double eps, double offset, std::string isa) {
+    const std::int64_t width = weight.numel(), rows = inverse.numel();
+    const Isa chosen = isa_named(isa);
+    check_rows(x, rows * width, x.scalar_type(), "rms_norm_: x");
+    check_rows(y, rows * width, x.scalar_type(), "rms_norm_: y");
+    check_rows(weight, width, x.scalar_type(), "rms_norm_: weight");
+    check_rows(inverse, rows, ScalarType::Float, "rms_norm_: inverse");
+    by_dtype(x, [&](auto kind) {
+        using T = decltype(kind);
+        const megacore::Norm<T> in{read<T>(x), read<T>(weight), write<T>(y), write<float>(inverse), width,
+                                   static_cast<float>(eps), static_cast<float>(offset)};
+        torch::stable::parallel_for(0, rows, grain_of(width), [&](std::int64_t begin, std::int64_t end) {
+            megacore::norm(chosen, in, begin, end);
+        });
+    });
+}
+
+// parts [rows / kBlock rounded up, width], float32, zeros: shares of the weight's gradient, whatever the threads.
+void rms_norm_backward_(Tensor grad, Tensor x, Tensor weight, Tensor inverse, Tensor grad_x, Tensor parts, double offset,
+                        std::string isa) {
+    const std::int64_t width = weight.numel(), rows = inverse.numel(), blocks = (rows + kBlock - 1) / kBlock;
+    const Isa chosen = isa_named(isa);
+    for (const Tensor& each : {grad, x, grad_x}) {
+        check_rows(each, rows * width, x.scalar_type(), "rms_norm_backward_: grad, x and grad_x");
+    }
+    check_rows(weight, width, x.scalar_type(), "rms_norm_backward_: weight");
+    check_rows(inverse, rows, ScalarType::Float, "rms_norm_backward_: inverse");
+    check_rows(parts, blocks * width, ScalarType::Float, "rms_norm_backward_: parts");
+    by_dtype(x, [&](auto kind) {
+        using T = decltype(kind);
+        megacore::NormBackward<T> in{read<T>(grad), read<T>(x), read<T>(weight), read<float>(inverse),
+                                     write<T>(grad_x), write<float>(parts), width, static_cast<float>(offset)};
+        const std::int64_t grain = std::max<std::int64_t>(1, grain_of(width) / kBlock);
+        torch::stable::parallel_for(0, blocks, grain, [&](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t block = begin; block < end; ++block) {
+                megacore::NormBackward<T> own = in;
+                own.grad_weight += block * width;
+                megacore::norm_backward(chosen, own, block * kBlock, std::min(rows, (block + 1) * kBlock));
+            }
+        });
+    });
+}
+
+// x [rows, 2 width]; out [rows, width], or with a gradient [rows, width] that of x.
+void swiglu_(Tensor x, std::optional<Tensor> grad, Tensor out, std::int64_t width, std::string isa) {
+    const std::int64_t rows = width ? x.numel() / (2 * width) : 0;
+    const Isa chosen = isa_named(isa);
+    check_rows(x, 2 * rows * width, x.scalar_type(), "swiglu_: x");
+    check_rows(out, (grad ? 2 : 1) * rows * width, x.scalar_type(), "swiglu_: out");
+    if (grad) check_rows(*grad, rows * width, x.scalar_type(), "swiglu_: grad");
+    by_dtype(x, [&](auto kind) {
+        using T = decltype(kind);
+        const megacore::Gated<T> in{read<T>(x), grad ? read<T>(*grad) : nullptr, write<T>(out), width};
+        torch::stable::parallel_for(0, rows, grain_of(width), [&](std::int64_t begin, std::int64_t end) {
+            if (grad) {
+                megacore::gated_backward(chosen, in, begin, end);
+            } else {
+                megacore::gated(chosen, in, begin, end);
+            }
+        });
+    });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(megacore_cpu, m) {
@@ -143,11 +237,22 @@ STABLE_TORCH_LIBRARY(megacore_cpu, m) {
         "adamw_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] first, Tensor(c!)[] second, Tensor(d!)[] copies, "
         "Tensor clock, Tensor taken, float[] lr, float[] weight_decay, bool coupled, float beta1, "
         "float beta2, float eps, str isa) -> ()");
+    m.def(
+        "rms_norm_(Tensor x, Tensor weight, Tensor(a!) y, Tensor(b!) inverse, float eps, float offset, str isa) -> ()");
+    m.def(
+        "rms_norm_backward_(Tensor grad, Tensor x, Tensor weight, Tensor inverse, Tensor(a!) grad_x, Tensor(b!) parts, "
+        "float offset, str isa) -> ()");
+    m.def("swiglu_(Tensor x, Tensor? grad, Tensor(a!) out, int width, str isa) -> ()");
     m.def("isas() -> str");
     m.def("interface() -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(megacore_cpu, CPU, m) { m.impl("adamw_", TORCH_BOX(&adamw_)); }
+STABLE_TORCH_LIBRARY_IMPL(megacore_cpu, CPU, m) {
+    m.impl("adamw_", TORCH_BOX(&adamw_));
+    m.impl("rms_norm_", TORCH_BOX(&rms_norm_));
+    m.impl("rms_norm_backward_", TORCH_BOX(&rms_norm_backward_));
+    m.impl("swiglu_", TORCH_BOX(&swiglu_));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(megacore_cpu, CompositeExplicitAutograd, m) {
     m.impl("isas", TORCH_BOX(&isas));

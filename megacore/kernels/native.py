@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-INTERFACE = 2
+INTERFACE = 3
 """As in csrc/cpu/ops.cpp: raised with every change of what is called, so that a library of other sources is refused."""
 
 BUILD = "pip install --no-build-isolation -e . builds it"
@@ -26,8 +26,9 @@ def unavailable() -> str:
     operations = torch.ops.megacore_cpu
     if not hasattr(operations, "interface") or operations.interface() != INTERFACE:
         return f"{built[0].name} was built from other sources; {BUILD}"
-    # It only writes into its arguments: there is nothing to say of results' shapes.
-    torch.library.register_fake("megacore_cpu::adamw_", lambda *arguments: None)
+    for name in ("adamw_", "rms_norm_", "rms_norm_backward_", "swiglu_"):
+        # They only write into their arguments: there is nothing to say of results' shapes.
+        torch.library.register_fake(f"megacore_cpu::{name}", lambda *arguments: None)
     return ""
 
 

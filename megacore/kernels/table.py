@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megacore.kernels import adamw, apex, fused, linear, reference
+from megacore.kernels import adamw, apex, compiled, fused, linear, reference
 from megacore.kernels.choice import Choice as Choice
 from megacore.kernels.choice import Kernel as Kernel
 from megacore.kernels.choice import Later, reason_against
@@ -64,6 +64,7 @@ TABLE: tuple[Kernel, ...] = (
     Kernel("linear", "float32", linear.WIDENED_FP16, linear.widened_refuses),
     Kernel("linear", "out_dtype", linear.FROM_16_BITS, linear.from_16_bits_refuses),
     Kernel("linear", "torch", linear.REFERENCE),
+    Kernel("rms_norm", "native", compiled.rms_norm, compiled.refuses),
     Kernel("rms_norm", "fused", fused.rms_norm),
     Kernel("rms_norm", "apex", apex.rms_norm, apex.refuses, by_default=False),
     Kernel("rms_norm", "triton", _ours("norms", "rms_norm"), triton.refuses, by_default=False),
@@ -80,6 +81,7 @@ TABLE: tuple[Kernel, ...] = (
     Kernel("rope", "reference", reference.rope),
     Kernel("rope_interleaved", "triton", _ours("rope", "rope_interleaved"), triton.refuses, by_default=False),
     Kernel("rope_interleaved", "reference", reference.rope_interleaved),
+    Kernel("swiglu", "native", compiled.swiglu, compiled.refuses),
     Kernel("swiglu", "fused", fused.swiglu),
     Kernel("swiglu", "triton", _ours("activations", "swiglu"), triton.refuses, by_default=False),
     Kernel("swiglu", "reference", reference.swiglu),

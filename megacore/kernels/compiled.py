@@ -1,0 +1,78 @@
+"""RMSNorm and SwiGLU by csrc/cpu: each row passes through memory once.
+
+Sums have a fixed order: neither threads nor instruction sets change a bit. Computed in float32.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megacore.kernels import native
+
+BLOCK = 32
+"""As in csrc/cpu/ops.cpp: rows whose share of a weight's gradient is summed by itself."""
+
+
+class _RmsNorm(torch.autograd.Function):
+    """Saves its input and one number per row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        rows, factor = x.contiguous(), weight.contiguous()
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        inverse = torch.empty(x.shape[:-1].numel(), dtype=torch.float32, device=x.device)
+        torch.ops.megacore_cpu.rms_norm_(rows, factor, y, inverse, eps, offset, "")
+        ctx.save_for_backward(rows, factor, inverse)
+        ctx.offset = offset
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows, weight, inverse = ctx.saved_tensors
+        grad_x = torch.empty_like(rows)
+        parts = inverse.new_zeros(-(-inverse.numel() // BLOCK), weight.numel())
+        own = (grad.contiguous(), rows, weight, inverse, grad_x, parts)
+        torch.ops.megacore_cpu.rms_norm_backward_(*own, ctx.offset, "")
+        return grad_x, parts.sum(0).to(weight.dtype), None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """As ``reference.rms_norm``."""
+    return _RmsNorm.apply(x, weight, eps, offset)
+
+
+class _Swiglu(torch.autograd.Function):
+    """Saves only its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        rows, width = x.contiguous(), x.shape[-1] // 2
+        ctx.save_for_backward(rows)
+        y = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
+        torch.ops.megacore_cpu.swiglu_(rows, None, y, width, "")
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        grad_x = torch.empty_like(rows)
+        torch.ops.megacore_cpu.swiglu_(rows, grad.contiguous(), grad_x, grad.shape[-1], "")
+        return grad_x
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """As ``reference.swiglu``."""
+    return _Swiglu.apply(x)
+
+
+def refuses(device: torch.device, dtype: torch.dtype) -> str:
+    """Why csrc/cpu cannot serve, or ''."""
+    if device.type != "cpu":
+        return f"it is for the CPU, not {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"made for float32 and bfloat16, not {dtype}"
+    return native.unavailable()
