@@ -35,7 +35,7 @@ def strided(x: Tensor, how: str) -> Tensor:
     if how == "transposed" and x.dim():
         return x.transpose(0, -1).contiguous().transpose(0, -1)
     if how == "sliced" and x.dim():
-        wide = torch.full((*x.shape[:-1], x.shape[-1] + 3), torch.nan, dtype=x.dtype)
+        wide = torch.full((*x.shape[:-1], x.shape[-1] + 3), torch.nan, dtype=x.dtype, device=x.device)
         wide[..., 1:-2] = x
         return wide[..., 1:-2]
     return x
@@ -65,7 +65,7 @@ def outcome(operation: Operation, function: object, args: Arguments, how: str) -
     results = tensors_of(operation.call(function, *inputs))
     pulled = [result for result in results if result.requires_grad]
     assert len(pulled) == (len(results) if differentiable else 0)
-    weights = [strided(torch.linspace(-1, 2, each.numel()).to(each.dtype).view(each.shape), how) for each in pulled]
+    weights = [strided(torch.linspace(-1, 2, each.numel()).to(each).view(each.shape), how) for each in pulled]
     grads = torch.autograd.grad(pulled, differentiable, weights) if pulled else ()
     for arg in differentiable:
         arg.requires_grad_(False)
@@ -88,27 +88,40 @@ def widened(argument: object) -> object:
     return tuple(map(widened, argument)) if isinstance(argument, (list, tuple)) else argument
 
 
-@pytest.mark.parametrize("how", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kernel", FUNCTIONS, ids=name_of)
-def test_a_backend_is_its_reference(kernel: Kernel, dtype: torch.dtype, how: str) -> None:
+def check(kernel: Kernel, dtype: torch.dtype, how: str, device: torch.device) -> None:
     operation = OPERATIONS[kernel.operation]
     if dtype not in operation.tolerance:
         pytest.skip(f"{operation.name} is not for {dtype}")
     if operation.in_place and how != "contiguous":
         pytest.skip(f"{operation.name} takes contiguous tensors")
-    if reason := kernel.refuses(CPU, dtype):
+    if reason := kernel.refuses(device, dtype):
         pytest.skip(reason)
     tolerance = operation.tolerance[dtype]
     for args, wants in zip(examples(operation.name, dtype), wanted(operation.name, dtype), strict=True):
         with torch.no_grad():
             formats = [each.dtype for each in tensors_of(operation.call(operation.reference, *cloned(args)))]
-        gots = outcome(operation, kernel.loaded, args, how)
+        gots = outcome(operation, kernel.loaded, cast(args, dtype, device), how)
         assert [got.dtype for got in gots[: len(formats)]] == formats
         for got, want in zip(gots, wants, strict=True):
+            assert got.device.type == device.type
             torch.testing.assert_close(
-                got.double(), want.double(), rtol=tolerance, atol=tolerance, equal_nan=not tolerance
+                got.double().cpu(), want.double(), rtol=tolerance, atol=tolerance, equal_nan=not tolerance
             )
+
+
+@pytest.mark.parametrize("how", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", FUNCTIONS, ids=name_of)
+def test_a_backend_is_its_reference(kernel: Kernel, dtype: torch.dtype, how: str) -> None:
+    check(kernel, dtype, how, CPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", FUNCTIONS, ids=name_of)
+def test_a_backend_is_its_reference_on_a_gpu(kernel: Kernel, dtype: torch.dtype, how: str) -> None:
+    check(kernel, dtype, how, torch.device("cuda"))
 
 
 def cloned(argument: object) -> object:
