@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megacore.kernels import adamw, apex, compiled, fused, linear, reference
+from megacore.kernels import adamw, apex, compiled, fused, linear, native, reference, transformer_engine
 from megacore.kernels.choice import Choice as Choice
 from megacore.kernels.choice import Kernel as Kernel
 from megacore.kernels.choice import Later, reason_against
@@ -142,10 +142,23 @@ def explain(device: torch.device, dtype: torch.dtype, choices: Sequence[Choice])
         # an optimizer updates 16-bit parameters in float32
         numbers = torch.promote_types(dtype, torch.float32) if choice.operation == "adamw" else dtype
         told = list(choice.rejected)
+        if not told and taken:
+            told = [f"{kernel.backend}: kernels.use names another" for kernel in others[: others.index(taken)]]
         for kernel in others[others.index(taken) + 1 :] if taken else ():
             told.append(f"{kernel.backend}: {_reason(kernel, device, numbers) or f'{choice.backend} comes first'}")
         lines.append(f"{choice.operation} ({choice.backend}){''.join(f'; not {each}' for each in told)}")
     return lines
+
+
+def packages() -> list[str]:
+    """A line for everything that brings kernels and may be missing: that it was found, or why not."""
+    reasons = {
+        "transformer-engine": transformer_engine.unavailable(),
+        "apex": apex.unavailable(),
+        "triton": triton.unavailable(),
+        "csrc/cpu": native.unavailable(),
+    }
+    return [f"{name}: {reason or 'found'}" for name, reason in reasons.items()]
 
 
 def _note(choice: Choice) -> str:

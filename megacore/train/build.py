@@ -16,7 +16,7 @@ from megacore.config.settings import settings
 from megacore.config.write import config_hash
 from megacore.kernels.fp8.products import product_of
 from megacore.kernels.fp8.recipes import Blocks, Current, Delayed, Recipe
-from megacore.kernels.table import Choice, Kernels, explain, resolve
+from megacore.kernels.table import Choice, Kernels, explain, packages, resolve
 from megacore.layout import Layout
 from megacore.layout.policy import ShardingPolicy
 from megacore.mesh import process_group
@@ -122,7 +122,7 @@ def build(
         )
     used = operations_of(config.model)
     chosen = (*(c for c in choices if c.operation in used), *of_fp8, *rule.kernels)
-    reasons = tuple(explain(device, dtype, chosen)) if config.kernels.explain else ()
+    reasons = (*explain(device, dtype, chosen), *packages()) if config.kernels.explain else ()
     failpoints = Failpoints.of(os.environ, info.rank)
     return Built(config, spec, mesh, stages, storage, trainer, chosen, reasons, failpoints)
 

@@ -41,6 +41,7 @@ def test_choices_and_reasons_are_kept_for_the_start() -> None:
     assert built.trainer.rule.kernel is adamw.reference
     assert built.stages[0].get_submodule("final_norm").kernel is reference.rms_norm
     plain = built_rank(0, 1, run_of(more=("kernels.explain=true",)))
+    assert any(line.startswith("apex: ") for line in plain.kernel_reasons)
     (told,) = (line for line in plain.kernel_reasons if line.startswith("rms_norm (fused)"))
     assert "not triton: " in told and told.endswith("not reference: fused comes first")
     assert built_rank(0, 1, run_of()).kernel_reasons == ()

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from megacore.config.kernels import OPTIMIZER, backends
-from megacore.kernels import adamw, reference
+from megacore.kernels import adamw, native, reference
 from megacore.kernels.choice import Choice, Kernel
 from megacore.kernels.linear import LinearKernel
 from megacore.kernels.operations import OPERATIONS, Arguments, Operation, cast, tensors_of
-from megacore.kernels.table import TABLE, Kernels, explain, first_willing, resolve
+from megacore.kernels.table import TABLE, Kernels, explain, first_willing, packages, resolve
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -271,10 +271,24 @@ def test_of_every_backend_there_is_a_reason() -> None:
             taken = choice.backend.partition(" ")[0]
             if kernel.operation == choice.operation and kernel.backend != taken:
                 assert f"; not {kernel.backend}: " in line
+    _, choices_named = resolve(CPU, torch.float32, {"rope": "reference"})
+    (named,) = (line for line in explain(CPU, torch.float32, choices_named) if line.startswith("rope ("))
+    assert named == "rope (reference); not fused: kernels.use names another; not triton: kernels.use names another"
     (rms_norm,) = (line for line in lines if line.startswith("rms_norm ("))
     (taken,) = (choice.backend for choice in choices if choice.operation == "rms_norm")
     assert rms_norm.endswith(f"; not reference: {taken} comes first")
     assert "not apex: no CUDA device" in rms_norm
+
+
+def test_of_every_package_it_is_said_whether_it_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "unavailable", lambda: "it is not built")
+    lines = packages()
+    assert [line.partition(":")[0] for line in lines] == ["transformer-engine", "apex", "triton", "csrc/cpu"]
+    assert lines[-1] == "csrc/cpu: it is not built"
+    monkeypatch.setattr(native, "unavailable", lambda: "")
+    assert packages()[-1] == "csrc/cpu: found"
+    if not torch.cuda.is_available():
+        assert lines[0] == "transformer-engine: no CUDA device"
 
 
 def test_strangers_are_refused() -> None:

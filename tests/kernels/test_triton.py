@@ -38,7 +38,9 @@ def interpret(*arguments: str) -> str:
 @needed
 def test_kernels_are_their_references() -> None:
     """In float32 on strided inputs: every kernel of the table."""
-    told = interpret(f"{HERE}/test_table.py", "-k", "reference and not gpu and triton and (float32-sliced or adamw-triton)")
+    told = interpret(
+        f"{HERE}/test_table.py", "-k", "reference and not gpu and triton and (float32-sliced or adamw-triton)"
+    )
     assert f"{len(OURS) + 1} passed" in told  # adamw, which takes no strides, also in float64
 
 
