@@ -30,10 +30,10 @@ def _dgrad(grad_to: Tensor, weight_oi: Tensor) -> Tensor:
 
 def _wgrad(into_oi: Tensor, x_ti: Tensor, grad_to: Tensor) -> Tensor:
     if x_ti.dtype == into_oi.dtype:
-        return into_oi.addmm_(grad_to.t(), x_ti)
+        return torch.addmm(into_oi, grad_to.t(), x_ti, out=into_oi)  # which torch counts; it does not count addmm_
     step = max(1, WIDENED // max(1, grad_to.shape[1]))
     for x, grad in zip(x_ti.split(step), grad_to.split(step), strict=True):
-        into_oi.addmm_(grad.to(into_oi.dtype).t(), x.to(into_oi.dtype))
+        torch.addmm(into_oi, grad.to(into_oi.dtype).t(), x.to(into_oi.dtype), out=into_oi)
     return into_oi
 
 

@@ -58,10 +58,12 @@ def skips_of_rank(rank: int, world_size: int, config: RunConfig, culprit: int) -
         storage.own_grads[0][0] = torch.inf
 
     for step in range(4):
+        storage.arrive()
         before = storage.params.clone()
         storage.begin = overflow if step == 1 and rank == culprit else begin  # type: ignore[method-assign]
         step_of(built, step=1, lr=1e-3)
         result, scale = built.trainer.result, built.trainer.loss_scale.scale
+        storage.arrive()
         seen.append((result.skipped.item(), scale.item(), not torch.equal(before, storage.params)))
     return seen
 
