@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from threading import Thread
 from typing import Any
 
 Notice = Callable[[str], None]
@@ -188,11 +189,18 @@ class LocalStore(Store):
         return shutil.disk_usage(folder).free
 
 
+SYNC_BYTES = 1 << 26
+"""After so many bytes the disk is told to begin: else it would idle until the file is closed."""
+
+
 class LocalSink(Sink):
-    """A file of a folder, written without a buffer."""
+    """A file of a folder, written without a buffer, while a thread brings to the disk what has been written."""
 
     def __init__(self, path: Path, notice: Notice) -> None:
         self.path, self.notice = path, notice
+        self.unsynced = 0
+        self.syncing: Thread | None = None
+        self.problem: OSError | None = None
         # a link would have something overwritten that lies elsewhere
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         self.file = os.fdopen(handle, "wb", buffering=0)
@@ -202,14 +210,33 @@ class LocalSink(Sink):
         rest = memoryview(data)
         while rest:
             rest = rest[self.file.write(rest) :]
+        self.unsynced += len(data)
+        if self.unsynced >= SYNC_BYTES and (self.syncing is None or not self.syncing.is_alive()):
+            self.unsynced = 0
+            self.syncing = Thread(target=self._sync, name="write-back")
+            self.syncing.start()
 
     def close(self) -> None:
         self.notice(f"fsync {self.path.name}")
+        self._settle()
+        if self.problem is not None:
+            raise self.problem
         os.fsync(self.file.fileno())
         self.file.close()
 
     def abandon(self) -> None:
+        self._settle()
         self.file.close()
+
+    def _sync(self) -> None:
+        try:
+            getattr(os, "fdatasync", os.fsync)(self.file.fileno())
+        except OSError as error:  # the kernel tells of it once: `close` must
+            self.problem = error
+
+    def _settle(self) -> None:
+        if self.syncing is not None:
+            self.syncing.join()
 
 
 class RemoteStore(Store):

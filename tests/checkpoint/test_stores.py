@@ -1,11 +1,14 @@
 """Object stores through fsspec: the same promises as folders, whole runs of one process and of several ranks."""
 
+import errno
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from megacore.checkpoint import store as store_module
 from megacore.checkpoint.find import LATEST, folder_of, newest, steps_in
 from megacore.checkpoint.read import Checkpoint
 from megacore.checkpoint.retain import Retention
@@ -176,3 +179,25 @@ def test_several_ranks_write_to_a_remote_store(pool: WorkerPool, tmp_path: Path)
     Checkpoint.open(far).verify()
     shutil.copytree(tmp_path / "far", near)
     assert digests(far, 2) == digests(str(near), 2)
+
+
+def test_an_error_of_the_disk_while_a_file_is_written_is_told_when_it_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells of such an error once, here to the thread that writes back."""
+
+    def broken(handle: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(store_module, "SYNC_BYTES", 16)
+    sink = LocalStore(tmp_path).create("whole")
+    for _ in range(5):
+        sink.write(bytes(16))
+    sink.close()
+    assert (tmp_path / "whole").read_bytes() == bytes(80)
+    monkeypatch.setattr(os, "fdatasync", broken)
+    sink = LocalStore(tmp_path).create("broken")
+    sink.write(bytes(16))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        sink.close()
+    sink.abandon()
