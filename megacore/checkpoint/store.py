@@ -189,7 +189,7 @@ class LocalStore(Store):
         return shutil.disk_usage(folder).free
 
 
-SYNC_BYTES = 1 << 26
+SYNC_BYTES = 1 << 24
 """After so many bytes the disk is told to begin: else it would idle until the file is closed."""
 
 
