@@ -104,7 +104,7 @@ def goodbye(shop: Workshop, command: str, steps: int) -> None:
         ("the same on one process: compare its losses", f"{run} parallel.tp=1 parallel.pp=1 out={out}-one"),
         (
             "go on from its checkpoint, in another layout",
-            f"{run} checkpoint.resume={out} train.steps={steps + steps // 2} parallel.tp=1 parallel.zero=2 "
+            f"{run} checkpoint.resume={out} train.steps={steps + steps // 2} parallel.tp=1 parallel.zero=1 "
             f"parallel.pp=1 out={out}-more --nproc 2",
         ),
         ("what is in the checkpoint", f"{command} inspect {out}"),
