@@ -28,6 +28,7 @@ def _dgrad(grad_to: Tensor, weight_oi: Tensor) -> Tensor:
     return grad_to @ weight_oi
 
 
+@torch.no_grad()
 def _wgrad(into_oi: Tensor, x_ti: Tensor, grad_to: Tensor) -> Tensor:
     if x_ti.dtype == into_oi.dtype:
         return torch.addmm(into_oi, grad_to.t(), x_ti, out=into_oi)  # which torch counts; it does not count addmm_
