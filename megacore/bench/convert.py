@@ -22,7 +22,6 @@ from megacore.bench.train import OURS
 from megacore.checkpoint.hf.export import export
 from megacore.config.resolve import resolve_model
 from megacore.config.schema import ModelConfig, RunConfig
-from megacore.spec import ModelSpec
 
 RIVAL = "transformers"
 SHAPE = (
@@ -69,11 +68,6 @@ class RandomWeights:
     def __init__(self, model: ModelConfig) -> None:
         self.model = resolve_model(model, 4096)
         self.attachments: dict[str, bytes] = {}
-        self.names_ = [spec.name for spec in ModelSpec.of(self.model).params]
-
-    def names(self) -> list[str]:
-        """All there are."""
-        return self.names_
 
     def dtype(self, name: str) -> torch.dtype:
         """As ``WeightSource.dtype``."""
