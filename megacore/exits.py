@@ -10,6 +10,9 @@ import traceback
 from importlib import import_module
 from types import TracebackType
 
+STOPPED = 75
+"""EX_TEMPFAIL: try again later."""
+
 
 def run(module: str, argv: list[str]) -> int:
     """Import `module`, run its `main(argv)` and translate exceptions to exit codes."""

@@ -11,6 +11,8 @@ TIMELINE = "timeline.json"
 TIMELINE_PICTURE = "timeline.svg"
 TENSORBOARD = "tensorboard"
 PREVIOUS = "previous"
+STOP, SAVE = "STOP", "SAVE"
+"""Files that a person or a script makes in the folder of a run that is going on: it saves and stops, or saves."""
 
 RUN_FILES = (METRICS, EVENTS, LOG, CONFIG, TIMELINE, TENSORBOARD)
 PICTURES = ("*.png", "*.svg")

@@ -126,15 +126,23 @@ class Keeper:
         due; ``attachments`` go with each checkpoint."""
         self._put_aside(self.goes_on_from)
         c = self.config.checkpoint
+        self.attachments = {**self.attachments, **attachments}
         if not (c.save_every or c.export_hf_every):
             return
-        self.attachments = {**self.attachments, **attachments}
-        retention = Retention(c.keep, c.keep_every, c.keep_best)
-        group = self.built.mesh.beside()
-        self.saver = Saver(self.store, self.state.own_parts(), group, retention, c.async_save, time.perf_counter)
+        self.saver = self._saver()
         self.saver.preflight()
         if c.export_hf_every and self.rank == 0:
-            self.exporter = Exporter(self.store, Path(self.config.out) / "hf", c.export_dtype, retention)
+            self.exporter = Exporter(self.store, Path(self.config.out) / "hf", c.export_dtype, self.retention)
+
+    @property
+    def retention(self) -> Retention:
+        """Which checkpoints stay."""
+        c = self.config.checkpoint
+        return Retention(c.keep, c.keep_every, c.keep_best)
+
+    def _saver(self) -> Saver:
+        parts, beside = self.state.own_parts(), self.built.mesh.beside()
+        return Saver(self.store, parts, beside, self.retention, self.config.checkpoint.async_save, time.perf_counter)
 
     def check_data(self, resumed: Resumed, data: RunData) -> None:
         """Raise ConfigError where samples are no more what they were."""
@@ -149,7 +157,8 @@ class Keeper:
 
     def save(self, step: int, data: RunData, reporter: Reporter, val_loss: float | None) -> None:
         """Begin to save the state after ``step``, whose figures must have been reported."""
-        assert self.saver is not None, "prepare comes first"
+        if self.saver is None:  # no save was due, but the run is asked to stop
+            self.saver = self._saver()
         self._report(self.saver.take(wait=True), reporter)
         layout = self.built.mesh.layout
         axes = ("tp", "pp", "dp", "cp", "ep", "etp", "dp_shard", "chunks", "zero", "world")

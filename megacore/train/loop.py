@@ -1,11 +1,13 @@
 """A run from its first step to its last: the loop that everything else serves."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megacore.config.schema import RunConfig
+from megacore.exits import STOPPED
 from megacore.generate.sample import continue_tokens
 from megacore.mesh import process_group
 from megacore.mesh.rank_info import RankInfo
@@ -18,6 +20,7 @@ from megacore.train.keeping import Keeper
 from megacore.train.reporter import Reporter
 from megacore.train.step import StepResult
 from megacore.train.timing import StepClock
+from megacore.train.wishes import Asked, Wishes
 
 
 def train(info: RankInfo, config: RunConfig, colour: bool = False, width: int = 100) -> int:
@@ -25,15 +28,24 @@ def train(info: RankInfo, config: RunConfig, colour: bool = False, width: int = 
     phases = Phases()
     with phases.time("join"):
         device = join(config, info)
+    wishes = Wishes(Path(config.out), info.rank == 0, device)
     try:
-        run(info, config, device, phases, colour, width)
+        with wishes.listening():
+            return run(info, config, device, phases, colour, width, wishes)
     finally:
         process_group.stop()
-    return 0
 
 
-def run(info: RankInfo, config: RunConfig, device: torch.device, phases: Phases, colour: bool, width: int) -> None:
-    """Build and walk the run. A function of its own: all that holds a process group ends with it."""
+def run(
+    info: RankInfo,
+    config: RunConfig,
+    device: torch.device,
+    phases: Phases,
+    colour: bool,
+    width: int,
+    wishes: Wishes,
+) -> int:
+    """Build and walk the run; the exit code. A function of its own: all that holds a process group ends with it."""
     built = build(config, info, device, phases)
     keeper = Keeper(built, built.failpoints)
     with phases.time("state"):
@@ -49,7 +61,7 @@ def run(info: RankInfo, config: RunConfig, device: torch.device, phases: Phases,
     reporter = Reporter.open(config, built.mesh, colour, width, resumed)
     try:
         reporter.start(built, data, phases, weights)
-        Loop(built, data, reporter, keeper).run(start[0])
+        return Loop(built, data, reporter, keeper, wishes).run(start[0])
     except BaseException as error:
         reporter.fault(error)
         raise
@@ -74,13 +86,15 @@ class Late:
 class Loop:
     """Walks the steps of a built run."""
 
-    def __init__(self, built: Built, data: RunData, reporter: Reporter, keeper: Keeper) -> None:
+    def __init__(self, built: Built, data: RunData, reporter: Reporter, keeper: Keeper, wishes: Wishes) -> None:
         self.built, self.data, self.reporter, self.keeper, self.config = built, data, reporter, keeper, built.config
+        self.wishes = wishes
+        built.trainer.wishes = wishes.now
         self.late: Late | None = None
 
-    def run(self, first_step: int = 1) -> None:
+    def run(self, first_step: int = 1) -> int:
         """All steps from ``first_step`` on; each step's figures are read and written one step later: the device never
-        waits for the host."""
+        waits for the host. Returns the exit code."""
         c, device = self.config, self.built.mesh.device
         began = Mark(device)
         for step in range(first_step, c.train.steps + 1):
@@ -95,44 +109,64 @@ class Loop:
             ended = Mark(device)
             if clock is not None:
                 self.reporter.timeline(step, clock.read(self.built.trainer.plan(len(microbatches))))
-            self.flush()
+            asked = self.flush()
             self.late = Late(step, result, lr, began, ended, batch.size * c.train.seq_len)
             evaluates, samples = self.due(c.train.eval_every, step), self.due(c.log.sample_every, step)
             saves = self.due(c.checkpoint.save_every, step) or self.due(c.checkpoint.export_hf_every, step)
-            if evaluates:
+            val_loss = None
+            if evaluates and not asked.stop:
                 self.late.val_loss = val_loss = self.evaluate()
-            if samples:
+            stops = asked.stop or (evaluates and val_loss is None)
+            if samples and not stops:
                 self.flush()
                 self.sample(step)
             self.keeper.poll(self.reporter)
-            if saves:
-                self.save(step, val_loss if evaluates else None)
+            if saves or stops or asked.save:
+                self.save(step, val_loss)
+            if stops and step < c.train.steps:
+                return self.stop(step)
             # a step lasts from the end of the one before, but for what is no training
             began = Mark(device) if evaluates or samples or saves else ended
         self.flush()
         self.keeper.finish(self.reporter)
         self.reporter.finish()
+        return 0
 
     def save(self, step: int, val_loss: Tensor | None) -> None:
         """Keep the state after a step. Its figures are written down before: what is resumed has no gap."""
         self.flush()
         self.keeper.save(step, self.data, self.reporter, None if val_loss is None else val_loss.item())
+        self.wishes.saved()
+
+    def stop(self, step: int) -> int:
+        """Leave after ``step``, which is saved, as was asked; returns the exit code."""
+        self.keeper.finish(self.reporter)
+        self.wishes.stopped()
+        self.reporter.stopped(step, self.data.plan.num_samples(step), self.wishes.heard)
+        return STOPPED
 
     def due(self, every: int, step: int) -> bool:
         """Whether what happens every so many steps, and after the last, happens after this one; 0: never."""
         return every > 0 and (step % every == 0 or step == self.config.train.steps)
 
-    def flush(self) -> None:
-        """Read and report the figures of the step before."""
-        if self.late is not None:
-            self.reporter.step(self.late)
-            self.late = None
+    def flush(self) -> Asked:
+        """Read and report the figures of the step before; returns what was asked during it."""
+        late, self.late = self.late, None
+        if late is None:
+            return Asked()
+        self.reporter.step(late)
+        return Asked.of(late.result.asked)
 
-    def evaluate(self) -> Tensor:
-        """Mean cross-entropy over the evaluation batches, a scalar on the device."""
-        total = torch.zeros(2, dtype=torch.float64, device=self.built.mesh.device)
+    def evaluate(self) -> Tensor | None:
+        """Mean cross-entropy over the evaluation batches, a scalar on the device; None where the run is asked to stop
+        meanwhile, which a batch later is seen."""
+        total = torch.zeros(4, dtype=torch.float64, device=self.built.mesh.device)
+        before = None
         for microbatches in self.data.evaluation():
-            total += self.built.trainer.evaluate(microbatches)
+            batch = self.built.trainer.evaluate(microbatches)
+            if before is not None and Asked.of(before[2:]).stop:
+                return None
+            total, before = total + batch, batch
         return total[0] / total[1]
 
     def sample(self, step: int) -> None:

@@ -305,6 +305,18 @@ class Reporter:
         self.files.console.line(text)
         self.files.events.write("finish", tokens=self.tokens, seconds=seconds, skipped=skipped)
 
+    def stopped(self, step: int, samples: int, heard: Sequence[str]) -> None:
+        """The run leaves before its end, as it was asked to."""
+        if self.files is None:
+            return
+        console, steps = self.files.console, self.config.train.steps
+        why = f" ({', '.join(dict.fromkeys(heard))})" if heard else " (a signal to another rank)"
+        console.line(
+            f"{console.paint('stopped', 'cyan')}  after step {step} of {steps}, which is saved, as was asked{why}; the "
+            "same command goes on"
+        )
+        self.files.events.write("stop", step=step, samples=samples, asked_by=list(dict.fromkeys(heard)))
+
     def fault(self, error: BaseException) -> None:
         """Write down what ended the run too early; whoever catches the error tells the terminal."""
         if self.files is None:

@@ -37,6 +37,8 @@ class StepResult:
     loss: Tensor
     grad_norm: Tensor
     skipped: Tensor
+    asked: Tensor
+    """[2] How many ranks wish the run to stop, and to save (``train.wishes``)."""
     statistics: Statistics | None = None
     """Where they are due."""
     signal_to_noise: SignalToNoise | None = None
@@ -79,6 +81,9 @@ class Trainer:
         if fp8 is not None:
             storage.call_on_change(fp8.renew, fp8.forget)
         self.mesh = mesh = storage.mesh
+        no_wishes = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+        self.wishes: Callable[[], Tensor] = lambda: no_wishes
+        """[2] What this rank asks of all, to stop and to save; asked for at the end of each step (``train.wishes``)."""
         actions = Actions(
             reduce=lambda stage, unit: storage.reduce((stage, unit)),
             tied=self._sum_tied,
@@ -115,7 +120,8 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Inputs]) -> Tensor:
-        """[sum of cross-entropy, number of targets] of this rank's and all other ranks' part, float64 on the device."""
+        """[sum of cross-entropy, number of targets, wishes to stop and to save] of this rank's and all other ranks'
+        part, float64 on the device."""
         return self._total(self.engine.run(self._forward_steps(len(microbatches)), microbatches))
 
     @property
@@ -165,7 +171,8 @@ class Trainer:
     def _optimize(self, sums: Sums) -> None:
         storage, grads = self.storage, self.storage.own_grads
         storage.finish()
-        cross_entropy, num_targets = self._total(sums)
+        total = self._total(sums)
+        cross_entropy, num_targets = total[:2]
         if self.watch is not None and self.watched:
             self.watch.before(grads, storage.values())
         clipped = self.clip(grads, self.num_nominal / num_targets / self.loss_scale.scale.to(torch.float64))
@@ -178,8 +185,10 @@ class Trainer:
         if self.watch is not None:
             self.watch.clipped(clipped)
             statistics = self.watch.after(storage.values(), clipped) if self.watched else None
-        self.result = StepResult(cross_entropy / num_targets, clipped.norm, skipped, statistics, noise)
+        self.result = StepResult(cross_entropy / num_targets, clipped.norm, skipped, total[2:], statistics, noise)
 
     def _total(self, sums: Sums) -> Tensor:
-        total = all_reduce(torch.stack((sums.cross_entropy, sums.num_targets)), self.mesh.dp_cp)
-        return all_reduce(total, self.mesh.pp)  # the ranks without the last stage add zeros
+        total = torch.cat((torch.stack((sums.cross_entropy, sums.num_targets)), self.wishes()))
+        # ranks without the last stage add zeros; those of a tp group hold equal sums, but heard different things
+        total = all_reduce(all_reduce(total, self.mesh.dp_cp), self.mesh.pp)
+        return torch.cat((total[:2], all_reduce(total[2:], self.mesh.tp)))

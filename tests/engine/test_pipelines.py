@@ -186,7 +186,7 @@ def log_of_rank(rank: int, world_size: int, config: RunConfig) -> list[tuple[str
 
 @pytest.mark.parametrize(("schedule", "chunks"), [("1f1b", 1), ("interleaved", 3), ("zb-v", 2)])
 def test_nothing_but_activations_and_their_gradients_travels(pool: WorkerPool, schedule: str, chunks: int) -> None:
-    """No shapes, no dtypes: on the wire are the list's messages; then the norm's sum, and loss and count."""
+    """No shapes, no dtypes: on the wire are the list's messages; then the norm's sum; loss, count and wishes."""
     pp = 2
     config = run_config(pp, *SIX_LAYERS, *pipeline(schedule, pp, chunks))
     listed = lower(generate(schedule, pp, 8, chunks))
@@ -194,7 +194,7 @@ def test_nothing_but_activations_and_their_gradients_travels(pool: WorkerPool, s
     for rank, records in enumerate(pool.run(log_of_rank, pp, pp, config)):
         sends = [("pp", "send", activation)] * len(listed.ranks[rank].having(*SENDS))
         assert records[: len(sends)] == sends
-        assert sorted(records[len(sends) :])[1:] == [("pp", "all_reduce", 2)]
+        assert sorted(records[len(sends) :])[1:] == [("pp", "all_reduce", 4)]
         assert sorted(records[len(sends) :])[0][:2] == ("model", "all_reduce")
 
 

@@ -28,7 +28,8 @@ STEPS = 60
 
 def late(step: int, skipped: bool = False, val_loss: float | None = None, statistics: Statistics | None = None) -> Late:
     """A step of 10 tokens that took as many seconds as its number."""
-    result = StepResult(torch.tensor(1.0 / step), torch.tensor(2.0), torch.tensor(float(skipped)), statistics)
+    asked = torch.zeros(2)
+    result = StepResult(torch.tensor(1.0 / step), torch.tensor(2.0), torch.tensor(float(skipped)), asked, statistics)
     began = SimpleNamespace()
     ended = SimpleNamespace(seconds_since=lambda mark: float(step) if mark is began else pytest.fail("other mark"))
     value = None if val_loss is None else torch.tensor(val_loss)

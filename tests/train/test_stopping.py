@@ -1,0 +1,159 @@
+"""Runs that are asked to stop or to save: after the step, on all ranks, with nothing lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megacore.exits import STOPPED
+from megacore.launch.train import main
+from megacore.monitor.run_folder import METRICS, SAVE, STOP
+from megacore.train.loop import Loop
+from megacore.train.wishes import LOOK_EVERY_S, Asked, Wishes
+from tests.train.runs import STEPS, events, figures, last_state, words_of
+
+CPU = torch.device("cpu")
+STOPS = ("SIGTERM", "SIGUSR1", "SIGINT")
+
+
+def trained(out: Path) -> list[dict[str, object]]:
+    """Figures of all steps but for evaluations, which a run that is asked to stop leaves out."""
+    return [{name: value for name, value in each.items() if name != "val_loss"} for each in figures(out)]
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: object) -> None:
+    """``act()`` after a step's instructions were given, and before its figures are read."""
+    flush = Loop.flush
+    calls: list[int] = []
+
+    def flush_and_act(loop: Loop) -> Asked:
+        calls.append(1)
+        if len(calls) == step:
+            act()  # type: ignore[operator]
+        return flush(loop)
+
+    monkeypatch.setattr(Loop, "flush", flush_and_act)
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_a_signal_saves_and_the_same_command_goes_on(
+    name: str, letters: str, uninterrupted: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = words_of(letters, tmp_path)
+    before = signal.getsignal(signal.Signals[name])
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, lambda: os.kill(os.getpid(), signal.Signals[name]))
+        assert main(words) == STOPPED
+    assert signal.getsignal(signal.Signals[name]) == before
+    (stop,) = events(tmp_path, "stop")
+    assert 1 <= stop["step"] < STEPS and stop["samples"] == 8 * stop["step"] and stop["asked_by"] == [name]
+    assert not events(tmp_path, "finish")
+    assert [figure["step"] for figure in figures(tmp_path)] == list(range(1, stop["step"] + 1))
+    assert main(words) == 0
+    assert trained(tmp_path) == trained(uninterrupted["plain"])
+    assert last_state(tmp_path) == last_state(uninterrupted["plain"])
+
+
+def test_a_run_that_never_saves_is_saved_when_it_is_stopped(
+    letters: str, uninterrupted: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = words_of(letters, tmp_path, "checkpoint.save_every=0")
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, (tmp_path / STOP).touch)
+        patch.setattr("megacore.train.wishes.LOOK_EVERY_S", 0.0)
+        assert main(words) == STOPPED
+    assert not (tmp_path / STOP).exists()
+    assert main(words) == 0
+    assert trained(tmp_path) == trained(uninterrupted["plain"])
+
+
+def test_a_file_asks_for_a_save(letters: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megacore.train.wishes.LOOK_EVERY_S", 0.0)
+    at_step(monkeypatch, 2, (tmp_path / SAVE).touch)
+    assert main(words_of(letters, tmp_path, "checkpoint.save_every=0")) == 0
+    (save,) = events(tmp_path, "save")
+    assert 2 < save["step"] < STEPS and not (tmp_path / SAVE).exists()
+
+
+def test_what_lay_there_before_is_not_for_this_run(letters: str, tmp_path: Path) -> None:
+    (tmp_path / STOP).touch()
+    assert main(words_of(letters, tmp_path)) == 0
+
+
+def test_stopped_while_it_evaluates(letters: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not wait for the rest of a long evaluation."""
+    seen = []
+
+    def count(wishes: Wishes) -> torch.Tensor:
+        seen.append(1)
+        if len(seen) == 4:  # two steps, one batch of the first evaluation, then this one
+            os.kill(os.getpid(), signal.SIGTERM)
+        return now(wishes)
+
+    now = Wishes.now
+    monkeypatch.setattr(Wishes, "now", count)
+    assert main(words_of(letters, tmp_path, "train.eval_steps=50", "data.split=1,1,0")) == STOPPED
+    assert events(tmp_path, "stop")[0]["step"] == 2 and len(seen) < 10
+    assert "val_loss" not in figures(tmp_path)[1] or figures(tmp_path)[1]["val_loss"] is None
+
+
+def test_wishes_of_one_rank(tmp_path: Path) -> None:
+    times = iter([0.0, 0.0, LOOK_EVERY_S / 2, LOOK_EVERY_S, LOOK_EVERY_S])
+    wishes = Wishes(tmp_path, True, CPU, lambda: next(times))
+    (tmp_path / SAVE).touch()
+    assert Asked.of(wishes.now()) == Asked(save=1)
+    wishes.saved()
+    assert not (tmp_path / SAVE).exists()
+    (tmp_path / STOP).touch()
+    assert Asked.of(wishes.now()) == Asked(), "it looks twice a second"
+    assert Asked.of(wishes.now()) == Asked(stop=1)
+    with wishes.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["parallel.tp=2", "parallel.pp=2", "parallel.zero=3"])
+@pytest.mark.parametrize("who", ["launcher", "0", "1"])
+def test_any_rank_may_hear_of_it(layout: str, who: str, letters: str, tmp_path: Path) -> None:
+    """Whoever gets the signal, all ranks stop after the same step; the launcher says 75."""
+    words = words_of(
+        letters, tmp_path, layout, "--nproc", "2", "train.steps=2000", "optim.decay_steps=6", "log.every=1"
+    )
+    command = [sys.executable, "-m", "megacore", "train", *words]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    wait_for(tmp_path / METRICS)
+    target = process.pid if who == "launcher" else ranks_of(process.pid)[int(who)]
+    os.kill(target, signal.SIGTERM)
+    assert process.wait(60) == STOPPED
+    (stop,) = events(tmp_path, "stop")
+    assert [figure["step"] for figure in figures(tmp_path)] == list(range(1, stop["step"] + 1))
+    assert (tmp_path / "checkpoints" / "latest").read_text() == f"step-{stop['step']:08d}\n"
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert path.exists(), "the run has not begun"
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """The processes that train, in the order in which they were started: children of the launcher's fork server."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text()
+            except OSError:
+                continue
+            found.append((int(entry.name), int(stat.rpartition(")")[2].split()[1])))
+    servers = {pid for pid, parent in found if parent == launcher}
+    return sorted(pid for pid, parent in found if parent in servers)
