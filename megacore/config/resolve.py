@@ -42,15 +42,32 @@ def resolve_model(model: ModelConfig, seq_len: int) -> ModelConfig:
         # LongRoPE (Ding et al. 2024), as Phi-3's code has it
         ratio = math.log(scaling.factor) / math.log(scaling.original_seq_len)
         scaling = replace(scaling, attention_factor=math.sqrt(1 + ratio))
+    model = _latent(replace(model, ffn_hidden_size=model.ffn_hidden_size or width))
     head_dim = model.head_dim or model.hidden_size // model.num_heads
+    expert_width = (model.moe_ffn_hidden_size or model.ffn_hidden_size) if model.num_experts else 0
     return replace(
         model,
-        ffn_hidden_size=model.ffn_hidden_size or width,
+        moe_ffn_hidden_size=expert_width or model.moe_ffn_hidden_size,
+        shared_ffn_hidden_size=model.shared_ffn_hidden_size or model.num_shared_experts * expert_width,
         num_kv_heads=model.num_kv_heads or model.num_heads,
         head_dim=head_dim,
         attention_scale_dim=model.attention_scale_dim or head_dim,
         max_positions=model.max_positions or seq_len,
         rope_scaling=scaling,
+    )
+
+
+def _latent(model: ModelConfig) -> ModelConfig:
+    """The dims of a head in latent attention (DeepSeek-V2 2024, section 2.1, whose numbers are the usual ones)."""
+    if not model.kv_lora_rank:
+        return model
+    without, rotated = model.qk_nope_head_dim or 128, model.qk_rope_head_dim or 64
+    return replace(
+        model,
+        qk_nope_head_dim=without,
+        qk_rope_head_dim=rotated,
+        v_head_dim=model.v_head_dim or 128,
+        head_dim=model.head_dim or without + rotated,
     )
 
 

@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterator
 from megacore.config.batch import batch_problems, multiples
 from megacore.config.fp8 import fp8_problems
 from megacore.config.kernels import kernel_problems
+from megacore.config.mixtures import latent_problems, mixture_problems
+from megacore.config.modules import module_problems
 from megacore.config.offload import split_problem
 from megacore.config.param_groups import param_group_problems
 from megacore.config.pipeline import cut_problem, num_chunks, schedule_problems
 from megacore.config.resolve import resolve_model, rotary_dims
 from megacore.config.schema import ModelConfig, RunConfig
 from megacore.config.settings import setting_problems
+from megacore.config.watching import watching_problems
 
 BLOCK = 64
 """Elements of a moment in 8 bits that share a scale: ``optim.quantise.BLOCK``."""
@@ -173,6 +176,11 @@ def _tensor_parallel(m: ModelConfig, config: RunConfig) -> Iterator[str]:
         )
 
 
+def _mixture(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    yield from mixture_problems(config, world_size)
+    yield from latent_problems(config.model)
+
+
 def _layout(config: RunConfig, world_size: int | None) -> Iterator[str]:
     p, num_layers = config.parallel, config.model.num_layers
     if sorted(p.order.split("-")) != ["cp", "dp", "pp", "tp"] or not p.order.startswith("pp"):
@@ -293,6 +301,10 @@ def _kernels(config: RunConfig, world_size: int | None) -> Iterator[str]:
     yield from kernel_problems(config)
 
 
+def _modules(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    yield from module_problems(config)
+
+
 def _softcap(config: RunConfig, world_size: int | None) -> Iterator[str]:
     """Smoothed labels give every logit a gradient, which the soft cap's slope multiplies: no logit may be lost on the
     way to it, and what is kept of one is its exponential against the largest (see `parallel/cross_entropy.py`)."""
@@ -349,6 +361,10 @@ def _log(config: RunConfig, world_size: int | None) -> Iterator[str]:
         )
 
 
+def _watching(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    yield from watching_problems(config, world_size)
+
+
 def _checkpoint(config: RunConfig, world_size: int | None) -> Iterator[str]:
     c = config.checkpoint
     if c.keep_best and not config.train.eval_every:
@@ -387,6 +403,7 @@ def _nearest(legal: list[int], near: int) -> str:
 RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_world, ("parallel",)),
     (_model, ("model", "parallel", "train.seq_len")),
+    (_mixture, ("model", "parallel", "train.seq_len")),
     (_layout, ("parallel", "model.num_layers")),
     (_schedule, ("parallel.chunks", "parallel.schedule", "train.batch_ramp")),
     (_zero, ("parallel", "log.timeline_step")),
@@ -399,8 +416,13 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_precision, ("precision",)),
     (_fp8, ("model", "parallel.tp", "precision", "train.seq_len", "train.micro_batch_size")),
     (_kernels, ("kernels.use", "model", "optim.name")),
+    (_modules, ("kernels.use", "parallel", "precision", "train.seq_len", "train.micro_batch_size")),
     (_softcap, ("model.logit_softcap", "train.label_smoothing", "precision.dtype")),
     (_data, ("data", "train.eval_every")),
     (_checkpoint, ("checkpoint", "train.eval_every")),
     (_log, ("log.sample_every", "log.sample_prompts", "log.timeline_step", "train.steps")),
+    (
+        _watching,
+        ("log.profile", "log.profile_ranks", "log.nvtx", "log.communication", "train.steps", "train.device"),
+    ),
 )

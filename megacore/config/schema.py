@@ -106,6 +106,16 @@ class ModelConfig:
     init_scale_residual: bool = key(True, "divide init_std by sqrt(2 num_layers) where a block writes its output")
     num_experts: int = key(0, "experts per MoE layer; 0: dense")
     top_k: int = key(0, "experts per token")
+    moe_ffn_hidden_size: int = key(0, "width inside an expert; 0: ffn_hidden_size")
+    num_shared_experts: int = key(0, "experts of each MoE layer that all tokens go through")
+    shared_ffn_hidden_size: int = key(0, "width of them all together; 0: num_shared_experts * moe_ffn_hidden_size")
+    num_dense_layers: int = key(0, "with experts, layers before the first MoE layer")
+    moe_every: int = key(1, "with experts, every n-th layer is an MoE layer (Llama 4: 2), from the first on")
+    kv_lora_rank: int = key(0, "width that keys and values are made of (multi-head latent attention, DeepSeek); 0: off")
+    q_lora_rank: int = key(0, "latent attention: width that queries are made of; 0: the hidden state itself")
+    qk_nope_head_dim: int = key(0, "latent attention: dims of a query's or key's head without position; 0: 128")
+    qk_rope_head_dim: int = key(0, "latent attention: dims that RoPE rotates, of which keys share one head; 0: 64")
+    v_head_dim: int = key(0, "latent attention: dims of a value's head; 0: 128")
 
 
 @dataclass(frozen=True)
@@ -307,6 +317,16 @@ class LogConfig:
     )
     timeline_step: int = key(
         0, "step whose instructions are timed, drawn and written to timeline.json and timeline.svg; 0: none"
+    )
+    profile: tuple[int, ...] = key(
+        (),
+        "[first, last] of the steps that torch's profiler records: traces and a summary by kind of work in profile/; "
+        "empty: none",
+    )
+    profile_ranks: tuple[int, ...] = key((), "ranks that are profiled; empty: all")
+    nvtx: bool = key(False, "CUDA: instructions and collectives are NVTX ranges in every step, for Nsight Systems")
+    communication: int = key(
+        0, "steps whose collectives and messages each rank writes to communication/rank-N.jsonl; 0: none"
     )
 
 

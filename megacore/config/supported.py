@@ -16,6 +16,7 @@ WORKS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
         "model.num_experts": (0,),
         "model.top_k": (0,),
+        "model.kv_lora_rank": (0,),
         "parallel.cp": (1,),
         "parallel.ep": (1,),
         "log.wandb": (False,),

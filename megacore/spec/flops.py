@@ -18,9 +18,10 @@ class UnitFlops(NamedTuple):
 def forward_flops_per_token(spec: ModelSpec, seq_len: int, causal: bool = True) -> float:
     """FLOPs of the forward pass per token of a sample of ``seq_len`` tokens.
 
-    A matrix costs 2 per element. Attention costs 2 for the scores and 2 for the values, per query head, head
-    dim and visible key; a causal token sees half of the sequence on average, under a sliding window at most the
-    window. (Megatron-LM's count today; reference: Narayanan et al. 2021, appendix, less its causal discount.)
+    A matrix costs 2 per element (of experts those that a token is sent to). Attention costs 2 for the scores and 2
+    for the values, per query head, head dim and visible key; a causal token sees half of the sequence on average, under
+    a sliding window at most the window. (Megatron-LM's count today; reference: Narayanan et al. 2021, appendix, less
+    its causal discount.)
     """
     m = spec.config
     attention = sum(_attention_flops(spec, seq_len, causal, layer) for layer in range(m.num_layers))
@@ -48,7 +49,7 @@ def unit_flops_per_token(spec: ModelSpec, seq_len: int, causal: bool = True) -> 
 
 def block_flops_per_token(spec: ModelSpec, seq_len: int, layer: int, causal: bool = True) -> float:
     """`forward_flops_per_token` of one block."""
-    matrices = sum(param.numel for param in spec.blocks[layer].params if param.is_matmul)
+    matrices = sum(spec.active(param) for param in spec.blocks[layer].params if param.is_matmul)
     return 2 * matrices + _attention_flops(spec, seq_len, causal, layer)
 
 
@@ -62,4 +63,5 @@ def _attention_flops(spec: ModelSpec, seq_len: int, causal: bool, layer: int) ->
             visible -= window * (window - 1) / (2 * seq_len)
     elif causal:
         visible = seq_len / 2
-    return 4 * m.num_heads * m.head_dim * visible
+    of_values = m.v_head_dim if m.kv_lora_rank else m.head_dim
+    return 2 * m.num_heads * (m.head_dim + of_values) * visible

@@ -77,7 +77,7 @@ def is_hidden_matrix(spec: ParamSpec) -> bool:
 
     Embeddings and the output matrix do not: tokens are on their other side.
     """
-    return spec.is_matmul and len(spec.shape) == 2 and not spec.name.startswith("head.")
+    return spec.is_matmul and len(spec.shape) >= 2 and not spec.name.startswith("head.")
 
 
 def rectangles_of(spec: ParamSpec, run: Run, index: int, num: int) -> tuple[Rectangle, ...]:

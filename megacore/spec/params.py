@@ -14,7 +14,7 @@ class ParamSpec:
     ``shape`` is global. ``split`` says which dim is dealt out over which axis (None: every rank holds all of it).
     ``partial`` names the axes whose ranks each see only a part of its gradient, beyond the data axes: those
     gradients are summed before use. ``decay`` is whether weight decay applies; ``init`` is the distribution and
-    ``std`` its width.
+    ``std`` its width. Of a mixture's ``experts`` the matrices are stacked along dim 0, which ep deals out.
     """
 
     name: str
@@ -25,6 +25,7 @@ class ParamSpec:
     std: float = 0.0
     decay: bool = True
     is_matmul: bool = False
+    experts: int = 0
 
     @property
     def numel(self) -> int:
@@ -65,3 +66,8 @@ def rows(*segments: Segment) -> Split:
 def columns(*segments: Segment) -> Split:
     """Dim 1 (a matrix' inputs) over tp."""
     return Split(1, "tp", segments)
+
+
+def of_experts(split: Split) -> Split:
+    """The same of matrices that are stacked, over etp."""
+    return Split(split.dim + 1, "etp", split.segments)

@@ -121,6 +121,19 @@ BROKEN = [
     (["model.head_dim=63"], 1, "model.head_dim=63 is odd"),
     (["model.position=learned", "model.max_positions=100"], 1, "exceeds model.max_positions=100; use at most 100"),
     (["model.top_k=2"], 1, "model.top_k=2 exceeds model.num_experts=0"),
+    (["model.num_experts=8"], 1, "model.top_k=0 sends tokens to none of model.num_experts=8"),
+    (["model.num_shared_experts=1"], 1, "model.num_shared_experts=1 is for a mixture of experts"),
+    (["model.moe_every=2"], 1, "model.moe_every=2 is for a mixture of experts"),
+    (["parallel.ep=2"], 2, "parallel.ep=2 is for a mixture of experts"),
+    (["model.num_experts=8", "model.top_k=2", "parallel.ep=3"], 3, "ep=3 does not divide model.num_experts=8; use 2"),
+    (["model.num_experts=8", "model.top_k=2", "parallel.ep=4"], 2, "parallel.ep*etp=4*1=4 does not divide dp*cp*tp=2"),
+    (["model.num_experts=8", "model.top_k=2", "parallel.etp=3"], 3, "parallel.etp=3 does not divide model.moe_ffn"),
+    (["model.num_experts=8", "model.top_k=2", "model.num_dense_layers=32"], 1, "leave no MoE layer"),
+    (["model.num_experts=8", "model.top_k=2", "model.shared_ffn_hidden_size=9"], 1, "needs model.num_shared_experts"),
+    (["model.q_lora_rank=64"], 1, "model.q_lora_rank=64 is for latent attention, but model.kv_lora_rank=0"),
+    (["model.kv_lora_rank=512"], 1, "model.num_kv_heads=8 does not go with latent attention"),
+    (["model.kv_lora_rank=512", "model.head_dim=128"], 1, "is not qk_nope_head_dim + qk_rope_head_dim=192"),
+    (["model.kv_lora_rank=512", "model.num_kv_heads=0", "model.qk_norm=true"], 1, "without qk_norm and qkv_bias"),
     (["model.rope_scaling.type=yarn"], 1, "original_seq_len is missing, which type=yarn needs"),
     (["model.rope_scaling.type=linear", "model.position=alibi"], 1, "needs model.position=rope, not alibi"),
     (
@@ -302,7 +315,7 @@ def test_legal_runs_pass_resolved_or_not(overrides, world_size):
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_are_legal(name):
     config = load(None, [], name)
-    check(config, 1)
+    assert not validate(config, 1)
     assert resolve(resolve(config, 1), 1) == resolve(config, 1)
 
 
@@ -323,6 +336,7 @@ def test_derived_values():
 REFUSED = {
     "model.num_experts": 8,
     "model.top_k": 2,
+    "model.kv_lora_rank": 512,
     "parallel.cp": 2,
     "parallel.ep": 2,
     "log.wandb": True,

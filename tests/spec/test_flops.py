@@ -98,3 +98,25 @@ def test_a_tied_output_matrix_is_paid_for_though_it_is_stored_once() -> None:
     untied, tied = ModelSpec.of(model), ModelSpec.of(replace(model, tie_embeddings=True))
     assert tied.num_params == untied.num_params - model.vocab_size * model.hidden_size
     assert tied.num_matmul_params == untied.num_matmul_params
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_a_mixture_is_charged_for_the_experts_that_a_token_is_sent_to(top_k: int) -> None:
+    """Router and attention are whole, and so is what all tokens go through; the first layer is dense."""
+    mixed = replace(TINY, num_experts=5, top_k=top_k, moe_ffn_hidden_size=10, num_shared_experts=2, num_dense_layers=1)
+    m = resolve_model(mixed, LENGTH)
+    spec, h = ModelSpec.of(m), m.hidden_size
+    attention = h * m.head_dim * (2 * m.num_heads + 2 * m.num_kv_heads)
+    dense, experts = 3 * h * m.ffn_hidden_size, 3 * h * 10 * (top_k + 2) + 5 * h
+    matrices = 2 * attention + dense + experts + m.vocab_size * h
+    assert spec.num_matmul_params == matrices
+    scores = 6 * 2 * m.num_heads * m.head_dim * LENGTH
+    assert train_flops_per_token(spec, LENGTH) == 6 * matrices + scores
+
+
+def test_latent_attention_scores_with_wider_heads_than_it_mixes() -> None:
+    latent = replace(TINY, num_kv_heads=0, head_dim=0, kv_lora_rank=8, q_lora_rank=12, v_head_dim=5)
+    m = resolve_model(replace(latent, qk_nope_head_dim=4, qk_rope_head_dim=2), LENGTH)
+    spec = ModelSpec.of(m)
+    heads = 6 * m.num_layers * m.num_heads * LENGTH * (6 + 5) / 2
+    assert train_flops_per_token(spec, LENGTH) == 6 * spec.num_matmul_params + heads

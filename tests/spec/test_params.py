@@ -17,22 +17,8 @@ from megacore.model.stage import Objective, Stage
 from megacore.parallel.parameters import ParameterMaker
 from megacore.parallel.tensor import TensorParallel
 from megacore.spec import ModelSpec
-
-PUBLISHED = (
-    ("gpt2-124m", 124_439_808),
-    ("llama3-8b", 8_030_261_248),
-    ("llama3-70b", 70_553_706_496),
-    ("llama3-405b", 405_853_388_800),
-    ("qwen3-0.6b", 596_049_920),
-    ("qwen3-8b", 8_190_735_360),
-    ("qwen3-32b", 32_762_123_264),
-    ("mistral-7b", 7_241_732_096),
-    ("qwen2.5-7b", 7_615_616_512),
-    ("pythia-1b", 1_011_781_632),
-    ("olmo2-7b", 7_298_617_344),
-    ("phi3-mini", 3_821_079_552),
-    ("gemma2-9b", 9_241_705_984),
-)
+from tests.config.test_presets import PUBLISHED
+from tests.presets import trained
 
 TINY = ModelConfig(num_layers=3, hidden_size=24, num_heads=6, num_kv_heads=2, head_dim=4, vocab_size=31)
 MODELS = (
@@ -59,16 +45,16 @@ def stage_of(model: ModelConfig, rank: int, size: int, sequence: bool = False) -
     return Stage(model, make, tp, resolve(device, dtype)[0], Objective(), range(model.num_layers))
 
 
-@pytest.mark.parametrize(("preset", "count"), PUBLISHED)
+@pytest.mark.parametrize(("preset", "count"), PUBLISHED.items())
 def test_presets_have_the_published_number_of_parameters(preset: str, count: int) -> None:
     assert ModelSpec.of(model_of(preset)).num_params == count
 
 
 def test_every_preset_of_a_published_model_is_counted() -> None:
-    assert set(preset_names()) - {name for name, _ in PUBLISHED} == {"demo"}
+    assert set(preset_names()) - set(PUBLISHED) == {"demo"}
 
 
-@pytest.mark.parametrize("preset", preset_names())
+@pytest.mark.parametrize("preset", trained())
 def test_presets_as_modules_are_what_the_spec_says(preset: str) -> None:
     model = model_of(preset)
     params = [(name, tuple(param.shape)) for name, param in stage_of(model, 0, 1).named_parameters()]

@@ -8,7 +8,6 @@ import pytest
 
 from megacore.config.errors import ConfigError
 from megacore.config.load import load
-from megacore.config.presets import preset_names
 from megacore.config.resolve import rotary_dims, window_of
 from megacore.config.schema import RunConfig
 from megacore.data.indexed import IndexedWriter
@@ -16,6 +15,7 @@ from megacore.spec import ModelSpec
 from megacore.verify.machine import available_bytes, needed_bytes, too_large
 from megacore.verify.plan import Plan, make_plan
 from megacore.verify.twin import like
+from tests.presets import trained
 
 LAYOUTS = "tp=2,pp=2;dp=2;pp=3,schedule=zb-h1"
 
@@ -113,7 +113,7 @@ def test_like_keeps_remainders() -> None:
             assert new % every == size % every and (10 <= new < 10 + every or new == size)
 
 
-@pytest.mark.parametrize("preset", preset_names())
+@pytest.mark.parametrize("preset", trained())
 def test_twins_have_the_features_and_remainders_of_the_run(preset: str) -> None:
     run = load(None, ["train.global_batch_size=24", "train.micro_batch_size=3"], preset)
     layouts = "tp=2;pp=2,schedule=zb-v;dp=2;pp=3;pp=2,schedule=interleaved,chunks=2;dp=4"
