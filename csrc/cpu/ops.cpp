@@ -15,6 +15,7 @@
 
 #include "adamw.h"
 #include "rows.h"
+#include "wgrad.h"
 
 namespace {
 
@@ -26,7 +27,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
-constexpr std::int64_t kInterface = 3;  // as in megacore/kernels/native.py
+constexpr std::int64_t kInterface = 4;  // as in megacore/kernels/native.py
 constexpr std::int64_t kGrain = 1 << 15;  // elements that are worth a thread
 
 struct Named {
@@ -230,6 +231,27 @@ void swiglu_(Tensor x, std::optional<Tensor> grad, Tensor out, std::int64_t widt
     });
 }
 
+// into [o, i], float32, += grad^T x of x [t, i] and grad [t, o].
+void wgrad_(Tensor into, Tensor x, Tensor grad) {
+    STD_TORCH_CHECK(into.dim() == 2 && x.dim() == 2 && grad.dim() == 2 && x.size(0) == grad.size(0),
+                    "wgrad_: into [o, i], x [t, i] and grad [t, o] must be matrices of the same tokens");
+    const std::int64_t tokens = x.size(0), inputs = into.size(1), outputs = into.size(0);
+    check_rows(x, tokens * inputs, x.scalar_type(), "wgrad_: x");
+    check_rows(grad, tokens * outputs, x.scalar_type(), "wgrad_: grad");
+    check_rows(into, outputs * inputs, ScalarType::Float, "wgrad_: into");
+    by_dtype(x, [&](auto kind) {
+        using T = decltype(kind);
+        STD_TORCH_CHECK(megacore::wgrad_supported(sizeof(T) == 2), "wgrad_: not on this processor");
+        const megacore::WeightGradient<T> in{read<T>(x), read<T>(grad), write<float>(into), tokens, inputs, outputs};
+        const std::int64_t tiles = (outputs + megacore::kTile - 1) / megacore::kTile;
+        const std::int64_t work = std::max<std::int64_t>(1, tokens * inputs * megacore::kTile);  // of a tile
+        torch::stable::parallel_for(0, tiles, std::max<std::int64_t>(1, (kGrain << 4) / work),
+                                    [&](std::int64_t begin, std::int64_t end) { megacore::wgrad(in, begin, end); });
+    });
+}
+
+bool wgrad_supported(bool narrow) { return megacore::wgrad_supported(narrow); }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(megacore_cpu, m) {
@@ -243,6 +265,8 @@ STABLE_TORCH_LIBRARY(megacore_cpu, m) {
         "rms_norm_backward_(Tensor grad, Tensor x, Tensor weight, Tensor inverse, Tensor(a!) grad_x, Tensor(b!) parts, "
         "float offset, str isa) -> ()");
     m.def("swiglu_(Tensor x, Tensor? grad, Tensor(a!) out, int width, str isa) -> ()");
+    m.def("wgrad_(Tensor(a!) into, Tensor x, Tensor grad) -> ()");
+    m.def("wgrad_supported(bool narrow) -> bool");
     m.def("isas() -> str");
     m.def("interface() -> int");
 }
@@ -252,9 +276,11 @@ STABLE_TORCH_LIBRARY_IMPL(megacore_cpu, CPU, m) {
     m.impl("rms_norm_", TORCH_BOX(&rms_norm_));
     m.impl("rms_norm_backward_", TORCH_BOX(&rms_norm_backward_));
     m.impl("swiglu_", TORCH_BOX(&swiglu_));
+    m.impl("wgrad_", TORCH_BOX(&wgrad_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(megacore_cpu, CompositeExplicitAutograd, m) {
     m.impl("isas", TORCH_BOX(&isas));
+    m.impl("wgrad_supported", TORCH_BOX(&wgrad_supported));
     m.impl("interface", TORCH_BOX(&interface));
 }

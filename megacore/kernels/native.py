@@ -5,8 +5,9 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
-INTERFACE = 3
+INTERFACE = 4
 """As in csrc/cpu/ops.cpp: raised with every change of what is called, so that a library of other sources is refused."""
 
 BUILD = "pip install --no-build-isolation -e . builds it"
@@ -26,10 +27,16 @@ def unavailable() -> str:
     operations = torch.ops.megacore_cpu
     if not hasattr(operations, "interface") or operations.interface() != INTERFACE:
         return f"{built[0].name} was built from other sources; {BUILD}"
-    for name in ("adamw_", "rms_norm_", "rms_norm_backward_", "swiglu_"):
+    for name in ("adamw_", "rms_norm_", "rms_norm_backward_", "swiglu_", "wgrad_"):
         # They only write into their arguments: there is nothing to say of results' shapes.
         torch.library.register_fake(f"megacore_cpu::{name}", lambda *arguments: None)
+    register_flop_formula(operations.wgrad_)(_flops_of_wgrad)
     return ""
+
+
+def _flops_of_wgrad(into: torch.Size, x: torch.Size, grad: torch.Size, **_: object) -> int:
+    """What torch counts of [o, i] += [t, o]^T [t, i], given their shapes."""
+    return 2 * into.numel() * x[0]
 
 
 def instruction_sets() -> tuple[str, ...]:

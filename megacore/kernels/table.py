@@ -60,6 +60,7 @@ def _ours(module: str, name: str) -> Later:
 
 
 TABLE: tuple[Kernel, ...] = (
+    Kernel("linear", "native", linear.NATIVE, linear.native_refuses),
     Kernel("linear", "onednn", linear.ONEDNN, linear.onednn_refuses),
     Kernel("linear", "float32", linear.WIDENED_FP16, linear.widened_refuses),
     Kernel("linear", "out_dtype", linear.FROM_16_BITS, linear.from_16_bits_refuses),
