@@ -25,7 +25,8 @@ def interleaved(num_ranks: int, num_microbatches: int, chunks: int) -> tuple[Ins
         1:      F1.0 B1.0 F1.1 B1.1 F1.2 B1.2
     """
     return tuple(
-        _rank(rank, num_ranks, num_microbatches, chunks, _warm_up(rank, num_ranks, chunks)) for rank in range(num_ranks)
+        _rank(rank, num_ranks, num_microbatches, chunks, usual_warm_up(rank, num_ranks, chunks))
+        for rank in range(num_ranks)
     )
 
 
@@ -41,7 +42,7 @@ def zb_h1(num_ranks: int, num_microbatches: int, chunks: int) -> tuple[Instructi
         1:      F1.0 I1.0 F1.1 I1.1 W1.0 F1.2 I1.2 W1.1 W1.2
     """
     return tuple(
-        _rank(rank, num_ranks, num_microbatches, chunks, _warm_up(rank, num_ranks, chunks), lag=rank)
+        _rank(rank, num_ranks, num_microbatches, chunks, usual_warm_up(rank, num_ranks, chunks), lag=rank)
         for rank in range(num_ranks)
     )
 
@@ -59,18 +60,18 @@ def zb_h2(num_ranks: int, num_microbatches: int, chunks: int) -> tuple[Instructi
         1:      F1.0 I1.0 F1.1 I1.1 F1.2 I1.2 W1.0 W1.1 W1.2
     """
     return tuple(
-        _rank(rank, num_ranks, num_microbatches, chunks, _long_warm_up(rank, num_ranks, chunks), lag=2 * rank)
+        _rank(rank, num_ranks, num_microbatches, chunks, long_warm_up(rank, num_ranks, chunks), lag=2 * rank)
         for rank in range(num_ranks)
     )
 
 
-def _warm_up(rank: int, num_ranks: int, chunks: int) -> int:
+def usual_warm_up(rank: int, num_ranks: int, chunks: int) -> int:
     """Forwards before a rank takes turns. With one chunk as few as it takes to occupy the ranks below; with several
     more, or each chunk would wait for its first gradient anew."""
-    return num_ranks - 1 - rank if chunks == 1 else _long_warm_up(rank, num_ranks, chunks)
+    return num_ranks - 1 - rank if chunks == 1 else long_warm_up(rank, num_ranks, chunks)
 
 
-def _long_warm_up(rank: int, num_ranks: int, chunks: int) -> int:
+def long_warm_up(rank: int, num_ranks: int, chunks: int) -> int:
     """As many forwards as there is time for before the first gradient is back."""
     return 2 * (num_ranks - 1 - rank) + (chunks - 1) * num_ranks
 

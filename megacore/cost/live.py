@@ -1,0 +1,107 @@
+"""How many microbatches of each of its stages a pipeline rank keeps at once: of a kind of schedule, without its list.
+
+Ranks of 1F1B's family work in turns: forward t, then what comes back w turns after its own forward, then the weight
+gradient of what came back ``lag`` turns before. So after the forward of turn t chunk c has F_c(t+1) - B_c(t-w)
+microbatches alive, F_c counting the forwards of c among the first turns and B_c what came back. Steady turns repeat
+themselves, so that a few rounds show all that many microbatches do. The folded kinds' lists are short, and counted.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megacore.config.pipeline import V_SHAPED
+from megacore.schedule.generators.generate import generate
+from megacore.schedule.generators.one_forward_one_backward import long_warm_up, usual_warm_up
+from megacore.schedule.generators.placement import fold, loop
+from megacore.schedule.instruction import Op
+from megacore.schedule.live import BACKS, FORWARDS
+from megacore.schedule.schedule import Instructions, Schedule
+from megacore.schedule.text import from_text
+
+Counts = NDArray[np.int64]
+
+
+class Live(NamedTuple):
+    """What one rank keeps, at each of the moments that may be its worst, of its ``stages``, ascending.
+
+    ``kept`` [moments, chunks] are microbatches between their forward and their input gradient, ``late`` [moments,
+    chunks] those whose weight gradients are put off.
+    """
+
+    stages: tuple[int, ...]
+    kept: Counts
+    late: Counts
+
+    def peak(self, kept: Counts, late: Counts) -> int:
+        """The most bytes at once, of so many for a microbatch of each stage."""
+        return int((self.kept @ kept + self.late @ late).max(initial=0))
+
+
+@cache
+def live_of_kind(kind: str, num_ranks: int, num_microbatches: int, chunks: int) -> tuple[Live, ...]:
+    """Of every rank. ``kind`` may also be the text file of one's own list, which is read then."""
+    p, m = num_ranks, num_microbatches
+    if kind == "gpipe":
+        whole = np.full((1, chunks), m)
+        return tuple(Live(loop(rank, p, chunks), whole, np.zeros_like(whole)) for rank in range(p))
+    warm_up: Callable[[int, int, int], int] = long_warm_up if kind == "zb-h2" else usual_warm_up
+    lags = {"1f1b": -1, "interleaved": -1, "zb-h1": 1, "zb-h2": 2}
+    if kind in lags:
+        lag = lags[kind]
+        return tuple(
+            _of_turns(rank, p, m, chunks, warm_up(rank, p, chunks), lag * rank if lag > 0 else -1) for rank in range(p)
+        )
+    if kind in V_SHAPED:
+        schedule = generate(kind, p, min(m, 4 * p), chunks)
+        return tuple(live_of_list(rank, fold(number, p)) for number, rank in enumerate(schedule.ranks))
+    return of_schedule(from_text(Path(kind).read_text(encoding="utf-8"), kind=kind))
+
+
+def of_schedule(schedule: Schedule) -> tuple[Live, ...]:
+    """The same of any schedule's list."""
+    homes = [tuple(np.flatnonzero(np.equal(schedule.home, rank)).tolist()) for rank in range(schedule.num_ranks)]
+    return tuple(live_of_list(rank, stages) for rank, stages in zip(schedule.ranks, homes, strict=True))
+
+
+def live_of_list(rank: Instructions, stages: tuple[int, ...]) -> Live:
+    """Counted instruction by instruction: while each runs, and after it."""
+    at = np.array(stages)[None, :]
+    own, back = rank.stage[:, None] == at, np.where(rank.op == Op.PAIR, rank.back_stage, rank.stage)[:, None] == at
+    starts = own & np.isin(rank.op, FORWARDS)[:, None]
+    ends = back & np.isin(rank.op, BACKS)[:, None]
+    later = back & (rank.op == Op.INPUT_GRAD)[:, None]
+    done = own & (rank.op == Op.WEIGHT_GRAD)[:, None]
+    after, waiting = (np.cumsum(a, 0) - np.cumsum(b, 0) for a, b in ((starts, ends), (later, done)))
+    kept, late = np.concatenate([after + ends, after]), np.concatenate([waiting + done - later, waiting])
+    return _unique(stages, kept, late)
+
+
+def _of_turns(rank: int, p: int, m: int, chunks: int, warm_up: int, lag: int) -> Live:
+    period = p * chunks
+    enough = 2 + -(-(warm_up + max(lag, 0)) // period)
+    m -= max(0, -(-m // p) - enough) * p
+    forward = np.tile(np.repeat(np.arange(chunks), p), -(-m // p))
+    n = len(forward)
+    begun = np.zeros((n + 1, chunks), dtype=np.int64)
+    np.cumsum(forward[:, None] == np.arange(chunks), axis=0, out=begun[1:])
+    begun = np.minimum(begun, m)
+    back = begun[:, ::-1]
+    turn = np.arange(n + warm_up + max(lag, 0) + 1)
+    alive, before, after = (
+        counts[np.clip(which, 0, n)]
+        for counts, which in ((begun, turn + 1), (back, turn - warm_up), (back, turn - warm_up + 1))
+    )
+    done = back[np.clip(turn - warm_up - lag, 0, n)] if lag >= 0 else before
+    kept = np.concatenate([alive - before, alive - after])
+    late = np.concatenate([before - done, after - done]) if lag >= 0 else np.zeros_like(kept)
+    return _unique(loop(rank, p, chunks), kept, late)
+
+
+def _unique(stages: tuple[int, ...], kept: Counts, late: Counts) -> Live:
+    rows = np.unique(np.concatenate([kept, late], axis=1), axis=0)
+    return Live(stages, rows[:, : len(stages)], rows[:, len(stages) :])

@@ -1,0 +1,24 @@
+"""How a software does what a layout does not say: as it stands, our own engine's way."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Practice:
+    """Numbers of 0 mean: as our engine has it for the run's formats.
+
+    Memory. ``attention`` is fused, or explicit: scores in 16 bits are kept, with a byte for the mask of dropout.
+    ``param_bytes``, ``grad_bytes`` and ``optimizer_bytes`` are of an element as a rank keeps it (master weights belong
+    to the optimizer, or to the parameters where there is no second copy). ``logit_bytes`` is what one logit takes at
+    the peak of the loss. ``waste`` is the share of activations and buffers that the allocator holds beyond them;
+    ``context_gb`` what the driver, libraries and NCCL take for themselves.
+    """
+
+    attention: str = "fused"
+    param_bytes: float = 0.0
+    grad_bytes: float = 0.0
+    optimizer_bytes: float = 0.0
+    shards_over_cp: bool = False
+    logit_bytes: float = 0.0
+    waste: float = 0.05
+    context_gb: float = 2.0

@@ -1,0 +1,53 @@
+"""What ranks keep by a kind's formula against what its list does."""
+
+import numpy as np
+import pytest
+
+from megacore.cost.live import Live, live_of_kind, of_schedule
+from megacore.schedule.generators.generate import generate
+from megacore.schedule.live import peak_activations, peak_weight_inputs
+from megacore.schedule.text import to_text
+
+SHAPES = (
+    (1, 1, 1),
+    (1, 5, 1),
+    (2, 3, 1),
+    (4, 2, 1),
+    (4, 9, 1),
+    (4, 33, 1),
+    (8, 64, 1),
+    (2, 7, 2),
+    (4, 3, 3),
+    (4, 41, 2),
+)
+KINDS = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v", "dualpipe-v")
+CASES = [(kind, *shape) for kind in KINDS for shape in SHAPES if kind not in ("zb-v", "dualpipe-v") or shape[2] == 2]
+
+
+def worst(of_rank: Live, kept: np.ndarray, late: np.ndarray) -> int:
+    return of_rank.peak(kept, late)
+
+
+@pytest.mark.parametrize(("kind", "p", "m", "v"), CASES)
+def test_formulas_count_what_lists_do(kind: str, p: int, m: int, v: int) -> None:
+    """For any sizes of stages: random ones, and each kind of count alone."""
+    schedule = generate(kind, p, m, v)
+    random = np.random.default_rng(0)
+    sizes = [(np.ones(v, int), np.zeros(v, int)), (np.zeros(v, int), np.ones(v, int))]
+    sizes += [(random.integers(1, 100, v), random.integers(0, 100, v)) for _ in range(5)]
+    for formula, listed in zip(live_of_kind(kind, p, m, v), of_schedule(schedule), strict=True):
+        assert formula.stages == listed.stages
+        assert [formula.peak(*pair) for pair in sizes] == [listed.peak(*pair) for pair in sizes]
+    activations = [live.peak(*sizes[0]) / v for live in live_of_kind(kind, p, m, v)]
+    assert activations == pytest.approx(peak_activations(schedule))
+    assert [live.peak(*sizes[1]) / v for live in live_of_kind(kind, p, m, v)] == pytest.approx(
+        peak_weight_inputs(schedule)
+    )
+
+
+def test_a_list_of_ones_own_is_read(tmp_path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text(to_text(generate("zb-h1", 3, 5)), encoding="utf-8")
+    mine, known = live_of_kind(str(path), 3, 5, 1), live_of_kind("zb-h1", 3, 5, 1)
+    one = np.ones(1, int)
+    assert [live.peak(one, one) for live in mine] == [live.peak(one, one) for live in known]
