@@ -92,10 +92,8 @@ def _of_turns(rank: int, p: int, m: int, chunks: int, warm_up: int, lag: int) ->
     begun = np.minimum(begun, m)
     back = begun[:, ::-1]
     turn = np.arange(n + warm_up + max(lag, 0) + 1)
-    alive, before, after = (
-        counts[np.clip(which, 0, n)]
-        for counts, which in ((begun, turn + 1), (back, turn - warm_up), (back, turn - warm_up + 1))
-    )
+    alive = begun[np.clip(turn + 1, 0, n)]
+    before, after = (back[np.clip(turn - warm_up + one, 0, n)] for one in (0, 1))
     done = back[np.clip(turn - warm_up - lag, 0, n)] if lag >= 0 else before
     kept = np.concatenate([alive - before, alive - after])
     late = np.concatenate([before - done, after - done]) if lag >= 0 else np.zeros_like(kept)

@@ -47,8 +47,9 @@ beside the rotated q and k.
 
 from dataclasses import dataclass
 
-from megacore.config.resolve import window_of
+from megacore.config.resolve import GATED, window_of
 from megacore.config.schema import ModelConfig
+from megacore.spec.model import is_mixture
 
 STATISTIC_BYTES = 4
 """Logarithms of sums and a layer norm's statistics are at least single precision."""
@@ -65,6 +66,8 @@ def activation_bytes(
     regather_inputs: bool = False,
     by_unit: bool = False,
     layer: int = 0,
+    cp: int = 1,
+    etp: int = 1,
 ) -> int:
     """Bytes on one of ``tp`` ranks of one microbatch, in block ``layer`` of a resolved model; see the table above.
 
@@ -72,7 +75,8 @@ def activation_bytes(
     bytes, once (with offload those of the block that comes next as well). ``by_unit``: whether stages are walked unit
     by unit. What is offloaded is in host memory (``host_activation_bytes``): on the CPU, in the same one.
     """
-    block = _Block(model, seq_len, micro_batch_size, tp, sequence_parallel, regather_inputs, dtype_bytes, layer)
+    cut = (tp, sequence_parallel, regather_inputs, dtype_bytes, layer, cp, etp)
+    block = _Block(model, seq_len, micro_batch_size, *cut)
     if recompute == "full" or (recompute == "offload" and by_unit):
         return block.num_outside * model.hidden_size * dtype_bytes
     if recompute == "offload":
@@ -90,10 +94,29 @@ def host_activation_bytes(
     dtype_bytes: int = 2,
     regather_inputs: bool = False,
     layer: int = 0,
+    cp: int = 1,
+    etp: int = 1,
 ) -> int:
     """As ``activation_bytes``: what one block of one microbatch sends to host memory with recompute=offload."""
-    block = _Block(model, seq_len, micro_batch_size, tp, sequence_parallel, regather_inputs, dtype_bytes, layer)
+    cut = (tp, sequence_parallel, regather_inputs, dtype_bytes, layer, cp, etp)
+    block = _Block(model, seq_len, micro_batch_size, *cut)
     return block.around() + block.sent_core() + block.sent_twice()
+
+
+def late_bytes(
+    model: ModelConfig,
+    seq_len: int,
+    micro_batch_size: int,
+    tp: int = 1,
+    dtype_bytes: int = 2,
+    layer: int = 0,
+    cp: int = 1,
+    etp: int = 1,
+) -> int:
+    """What one block keeps of a microbatch, instead of all else, once its weight gradients alone are outstanding (I has
+    run, W has not): input and gradient of the output of each matrix, whole on every rank."""
+    block = _Block(model, seq_len, micro_batch_size, tp, True, False, dtype_bytes, layer, cp, etp)
+    return block.late()
 
 
 @dataclass(frozen=True)
@@ -108,10 +131,12 @@ class _Block:
     regather_inputs: bool
     dtype_bytes: int
     layer: int = 0
+    cp: int = 1
+    etp: int = 1
 
     @property
     def num_tokens(self) -> int:
-        return self.seq_len * self.micro_batch_size
+        return self.seq_len * self.micro_batch_size // self.cp
 
     @property
     def num_outside(self) -> int:
@@ -131,16 +156,50 @@ class _Block:
     def around(self) -> int:
         """Everything but the core of attention."""
         m, size = self.model, self.dtype_bytes
-        n, _, d = self.heads
-        f = m.ffn_hidden_size // self.tp
-        widened = {"swiglu": 2 * f, "geglu": 3 * f}.get(m.activation, f)
         statistics = self.statistic_bytes * (2 if m.norm == "layernorm" else 1)
         masks = 2 if m.dropout else 0
         num_norms = 4 if m.norm_placement == "both" else 2
         of_masks = masks * m.hidden_size * self.statistic_bytes
         outside = self.num_outside * (num_norms * (m.hidden_size * size + statistics) + of_masks)
-        inputs = 2 * m.hidden_size * (self.num_outside if self.regather_inputs else self.num_tokens)
-        return outside + (inputs + self.num_tokens * (n * d + widened + f)) * size - self.shared_input()
+        inputs = m.hidden_size * (self.num_outside if self.regather_inputs else self.num_tokens)
+        mixed = self.num_tokens * self.heads[0] * (m.v_head_dim if m.kv_lora_rank else m.head_dim)
+        fed = self.mixture() if is_mixture(m, self.layer) else inputs * size + self.widened(m.ffn_hidden_size, self.tp)
+        return outside + (inputs + mixed) * size + fed - self.shared_input()
+
+    def widened(self, width: int, num: int) -> int:
+        """Outputs of the wide matrix of an MLP over ``num`` ranks, and inputs of the narrow one."""
+        f = width // num
+        kept = {"swiglu": 2 * f, "geglu": 3 * f}.get(self.model.activation, f)
+        return self.num_tokens * (kept + f) * self.dtype_bytes
+
+    def mixture(self) -> int:
+        """A router and its experts, to which tokens go evenly: each of them is once in the model's ranks, whatever tp;
+        the experts' inputs are copies, one for each expert that a token is sent to."""
+        m, size, own = self.model, self.dtype_bytes, self.num_tokens // self.tp
+        routed = own * (m.hidden_size * size + m.num_experts * STATISTIC_BYTES)
+        sent = own * m.top_k * (self.etp * m.hidden_size * size + STATISTIC_BYTES)
+        inside = self.widened(m.moe_ffn_hidden_size, 1) * m.top_k // self.tp
+        shared = 0
+        if m.num_shared_experts:
+            gathered = self.num_tokens if self.tp > 1 else 0  # else it is the router's
+            shared = gathered * m.hidden_size * size + self.widened(m.shared_ffn_hidden_size, self.tp)
+        return routed + sent + inside + shared
+
+    def late(self) -> int:
+        """Inputs of all matrices, and gradients of their outputs."""
+        m, (n, kv, d), t = self.model, self.heads, self.num_tokens
+        wide = 2 if m.activation in GATED else 1
+        h, of_mlp = m.hidden_size, lambda width: 2 * h + (wide + 1) * width
+        attention = 2 * h + (2 * n + 2 * kv) * d
+        if m.kv_lora_rank:
+            q = m.q_lora_rank or h
+            made = n * d + n * (m.qk_nope_head_dim + m.v_head_dim)
+            attention = 2 * h + 2 * q + 2 * m.kv_lora_rank + m.qk_rope_head_dim + made + n * m.v_head_dim
+        if not is_mixture(m, self.layer):
+            return t * (attention + of_mlp(m.ffn_hidden_size // self.tp)) * self.dtype_bytes
+        experts = m.top_k * self.etp * of_mlp(m.moe_ffn_hidden_size // self.etp) // self.tp
+        shared = of_mlp(m.shared_ffn_hidden_size // self.tp) if m.num_shared_experts else 0
+        return t * (attention + experts + shared + (h + m.num_experts) // self.tp) * self.dtype_bytes
 
     def shared_input(self) -> int:
         """What both halves keep of the one input that a parallel residual gives them; they gather it each."""
@@ -149,8 +208,13 @@ class _Block:
         return self.num_outside * self.model.hidden_size * self.dtype_bytes if shared else 0
 
     def core_input(self) -> int:
-        """The projected queries, keys and values."""
+        """The projected queries, keys and values; of latent attention also what they were made of, and its norms."""
         n, m, d = self.heads
+        model = self.model
+        if model.kv_lora_rank:
+            latents = 2 * (model.q_lora_rank + model.kv_lora_rank) + model.qk_rope_head_dim
+            heads = n * (d + model.qk_nope_head_dim + model.v_head_dim)
+            return self.num_tokens * (latents + heads) * self.dtype_bytes
         return self.num_tokens * (n + 2 * m) * d * self.dtype_bytes
 
     def core(self) -> int:

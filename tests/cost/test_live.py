@@ -8,18 +8,7 @@ from megacore.schedule.generators.generate import generate
 from megacore.schedule.live import peak_activations, peak_weight_inputs
 from megacore.schedule.text import to_text
 
-SHAPES = (
-    (1, 1, 1),
-    (1, 5, 1),
-    (2, 3, 1),
-    (4, 2, 1),
-    (4, 9, 1),
-    (4, 33, 1),
-    (8, 64, 1),
-    (2, 7, 2),
-    (4, 3, 3),
-    (4, 41, 2),
-)
+SHAPES = ((1, 1, 1), (1, 5, 1), (2, 3, 1), (4, 9, 1), (4, 33, 1), (8, 64, 1), (2, 7, 2), (4, 3, 3), (4, 41, 2))
 KINDS = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v", "dualpipe-v")
 CASES = [(kind, *shape) for kind in KINDS for shape in SHAPES if kind not in ("zb-v", "dualpipe-v") or shape[2] == 2]
 
