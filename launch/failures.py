@@ -54,6 +54,12 @@ class Failure:
         hint = "; when memory runs out the kernel does this (dmesg tells)" if name == "SIGKILL" else ""
         return cls(rank, name, f"the process was killed by signal {name}{hint}", when=time.monotonic())
 
+    @property
+    def summary(self) -> str:
+        """One line."""
+        first = self.message.splitlines()[0] if self.message else ""
+        return f"rank {self.rank}: {self.title}: {first}"
+
 
 def cause(failures: Sequence[Failure]) -> Failure:
     """The failure that explains the others: the earliest that does not just report a lost peer."""

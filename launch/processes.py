@@ -53,12 +53,19 @@ class Stop:
                 os.kill(rank.process.pid, how)
 
 
-def run_local(target: str, args: tuple[Any, ...], nproc: int, write: Callable[[str], object] = sys.stderr.write) -> int:
+def run_local(
+    target: str,
+    args: tuple[Any, ...],
+    nproc: int,
+    write: Callable[[str], object] = sys.stderr.write,
+    tell: Callable[[Failure], object] = lambda failure: None,
+) -> int:
     """Calls `target` ("module:function") as `function(info, *args)` on `nproc` processes, `info` its RankInfo.
 
     Returns the largest exit code that the ranks return (None is 0; 75, stopped after saving, thus passes through). When
-    a rank fails, the others are ended within seconds and `write` is given the cause: 2 if the user's input was wrong,
-    else 1. SIGINT and SIGTERM reach every rank as one SIGTERM; if they die of it the code is 128 + the signal's number.
+    a rank fails, the others are ended within seconds; `write` is given the cause as text, `tell` as it is, and the code
+    is 2 if the user's input was wrong, else 1. SIGINT and SIGTERM reach every rank as one SIGTERM; if they die of it
+    the code is 128 + the signal's number.
     One rank runs in this very process, so that debuggers and tracebacks work as ever: what it raises is not caught.
     """
     if nproc < 1:
@@ -78,7 +85,7 @@ def run_local(target: str, args: tuple[Any, ...], nproc: int, write: Callable[[s
                     rank.process.kill()
                 rank.process.join()
                 rank.connection.close()
-    return verdict(ranks, stop.signal, write)
+    return verdict(ranks, stop.signal, write, tell)
 
 
 def assignments(target: str, args: tuple[Any, ...], nproc: int, rendezvous: str) -> Iterator[Assignment]:
@@ -130,7 +137,9 @@ def heard(number: int, rank: Rank) -> int | Failure | None:
     return Failure.of_exit(number, rank.process.exitcode) if died else None
 
 
-def verdict(ranks: Sequence[Rank], stopped_by: int, write: Callable[[str], object]) -> int:
+def verdict(
+    ranks: Sequence[Rank], stopped_by: int, write: Callable[[str], object], tell: Callable[[Failure], object]
+) -> int:
     """The exit code of the whole; the cause of a failure is written."""
     failures = [rank.answer for rank in ranks if isinstance(rank.answer, Failure)]
     if stopped_by and failures:
@@ -139,6 +148,7 @@ def verdict(ranks: Sequence[Rank], stopped_by: int, write: Callable[[str], objec
         first = cause(failures)
         width = max(60, min(120, shutil.get_terminal_size().columns))
         write(describe(first, len(ranks), width) + "\n")
+        tell(first)
         return 2 if first.is_user_error else 1
     return max(rank.answer for rank in ranks if isinstance(rank.answer, int))
 

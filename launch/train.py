@@ -7,6 +7,7 @@ as many as the layout needs).
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,14 +16,12 @@ from megacore.config.pipeline import is_own_schedule
 from megacore.config.resolve import resolve, smallest_world
 from megacore.config.schema import RunConfig
 from megacore.config.validate import check
-from megacore.config.write import to_toml
-from megacore.data.sampler import BatchPlan
 from megacore.exits import raised_by_us
 from megacore.launch.failures import Failure, describe
 from megacore.launch.processes import run_local
+from megacore.launch.restarts import MAX_RESTARTS, with_restarts
 from megacore.launch.terminal import colour_wanted, page_width
 from megacore.launch.worker import call
-from megacore.layout.layout import Layout
 from megacore.mesh.rank_info import RankInfo
 from megacore.spec import ModelSpec
 from megacore.spec.settings import settings_of
@@ -34,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     """Train; the exit code is that of `megacore`."""
     args = parser().parse_intermixed_args(argv)  # overrides may stand on both sides of options
     info = RankInfo.from_environment(os.environ)
+    if (args.json or args.gpu) and not args.dry_run:
+        given = "--json" if args.json else "--gpu"
+        raise ValueError(f"{given} goes with --dry-run; a run writes its metrics to its folder")
     try:
         config, world_size = requested(args, info)
     except ValueError as error:
@@ -42,11 +44,18 @@ def main(argv: list[str] | None = None) -> int:
         raise
     if args.dry_run:
         if info is None or info.rank == 0:
-            print(preview(config, world_size), end="")
+            from megacore.launch.dry_run import show  # brings torch
+
+            print(show(config, world_size, args), end="")
         return 0
     colour, width = colour_wanted(sys.stdout), page_width()
     if info is None:
-        return run_local(TARGET, (config, colour, width), world_size)
+        limit = MAX_RESTARTS if args.max_restarts is None else args.max_restarts
+
+        def attempt(config: RunConfig, tell: Callable[[Failure], None]) -> int:
+            return run_local(TARGET, (config, colour, width), world_size, tell=tell)
+
+        return with_restarts(config, attempt, limit)
     return as_rank(TARGET, info, (config, colour, width))
 
 
@@ -68,23 +77,14 @@ def requested(args: argparse.Namespace, info: RankInfo | None) -> tuple[RunConfi
         raise ValueError(f"--nproc={args.nproc} must be at least 1; leave it out for as many as the layout needs")
     if info is not None and args.nproc is not None:
         raise ValueError(f"--nproc={args.nproc} starts processes, but this one is already rank {info.rank} of a job")
+    if args.max_restarts is not None and (args.max_restarts < 0 or info is not None):
+        rule = (
+            "is for processes that this command starts; torchrun has --max-restarts" if info else "must not be below 0"
+        )
+        raise ValueError(f"--max-restarts={args.max_restarts} {rule}")
     config = load(args.run, args.overrides, args.preset)
     world_size = info.world_size if info else args.nproc or smallest_world(config)
-    return complete(config, world_size), world_size
-
-
-def preview(config: RunConfig, world_size: int) -> str:
-    """What `--dry-run` prints: the overview as comments, then the resolved run, which together are a run file."""
-    from megacore.data.source import open_sources
-    from megacore.train.overview import overview, summary
-
-    t = config.train
-    sources = open_sources(config.data, "train", config.model.vocab_size)
-    num_samples = BatchPlan(t.global_batch_size, t.micro_batch_size, t.batch_ramp).num_samples(t.steps)
-    layout = Layout.of(config.parallel, world_size)
-    data = summary(sources, num_samples, t.seq_len)
-    lines = overview(config, ModelSpec.of(config.model), layout, t.device, data)
-    return "".join(f"# {line}\n" for line in lines) + "\n" + to_toml(config)
+    return complete(config, world_size, needs_data=not args.dry_run), world_size
 
 
 def as_rank(target: str, info: RankInfo, args: tuple[Any, ...]) -> int:
@@ -107,12 +107,27 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that win over the file's")
     parser.add_argument("--preset", metavar="NAME", help="start from a known model (see `megacore presets`)")
     parser.add_argument("--nproc", type=int, metavar="N", help="local processes; default: what the layout needs")
-    parser.add_argument("--dry-run", action="store_true", help="check the run, print what it would do, start nothing")
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        metavar="N",
+        help="after a fault the processes start again from the newest checkpoint, at most so often without a newer "
+        f"one; default {MAX_RESTARTS}",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the run, build ranks of it without numbers, print their memory and messages, start nothing; "
+        "--nproc may be any number",
+    )
+    parser.add_argument("--gpu", metavar="NAME", help="with --dry-run: whose memory must suffice, such as h100")
+    parser.add_argument("--json", action="store_true", help="with --dry-run: print JSON, in bytes")
     return parser
 
 
-def complete(config: RunConfig, world_size: int) -> RunConfig:
-    """The run, checked and resolved, with what only the data can tell.
+def complete(config: RunConfig, world_size: int, needs_data: bool = True) -> RunConfig:
+    """The run, checked and resolved, with what only the data can tell; without ``needs_data`` a run that names none
+    will do, if it knows its vocabulary.
 
     Raises ValueError with everything that is wrong, before any process has started.
     """
@@ -122,9 +137,11 @@ def complete(config: RunConfig, world_size: int) -> RunConfig:
 
     config = with_model(config)
     blend = "data.blend is empty: there is nothing to train on; give a data set's prefix, or a list of [weight, prefix]"
-    check(config, world_size, () if config.data.blend else (blend,))
-    config = fill_in(config)
-    check(config, world_size)  # the vocabulary is known now
+    without = not needs_data and not config.data.blend and config.model.vocab_size > 0
+    check(config, world_size, () if config.data.blend or without else (blend,))
+    if not without:
+        config = fill_in(config)
+        check(config, world_size)  # the vocabulary is known now
     config = resolve(config, world_size)
     settings_of(ModelSpec.of(config.model).params, config.optim)  # patterns that match nothing are told now
     if is_own_schedule(config.parallel):

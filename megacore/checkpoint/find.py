@@ -1,15 +1,22 @@
 """Which checkpoints a folder holds. Manifests tell; the file ``latest`` is for people and programs in a hurry."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from megacore.checkpoint.manifest import MANIFEST, read_manifest
 from megacore.checkpoint.store import Store
+from megacore.config.schema import RunConfig
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 ASIDE = "aside"
 """Where checkpoints go that a run went back behind, or that were found damaged."""
 PREFIX = "step-"
+
+
+def checkpoints_of(config: RunConfig) -> str:
+    """Where a run's checkpoints lie."""
+    return config.checkpoint.folder or str(Path(config.out) / CHECKPOINTS)
 
 
 def folder_of(step: int) -> str:

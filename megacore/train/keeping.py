@@ -11,7 +11,7 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megacore.checkpoint.find import ASIDE, CHECKPOINTS, LATEST, folder_of, steps_in
+from megacore.checkpoint.find import ASIDE, CHECKPOINTS, LATEST, checkpoints_of, folder_of, steps_in
 from megacore.checkpoint.manifest import MANIFEST, TRAINING
 from megacore.checkpoint.opening import open_weights
 from megacore.checkpoint.read import Checkpoint
@@ -20,7 +20,6 @@ from megacore.checkpoint.save import Facts, Outcome, Saver
 from megacore.checkpoint.store import Store, open_store
 from megacore.config.changes import SAFE, Change, changes, model_problems, refuse
 from megacore.config.errors import ConfigError
-from megacore.config.schema import RunConfig
 from megacore.mesh.collectives import agree, gather_objects
 from megacore.train.exporting import Exporter
 from megacore.train.failpoints import Failpoints
@@ -294,11 +293,6 @@ def _put_aside(store: Store, step: int) -> None:
             store.move_folder(folder_of(other), f"{ASIDE}/{name}")
     if has_latest and step:
         store.replace(LATEST, f"{folder_of(step)}\n".encode())
-
-
-def checkpoints_of(config: RunConfig) -> str:
-    """Where a run's checkpoints lie."""
-    return config.checkpoint.folder or str(Path(config.out) / CHECKPOINTS)
 
 
 def _place(store: Store) -> Path:

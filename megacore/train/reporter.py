@@ -5,11 +5,11 @@ from __future__ import annotations
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ from megacore.monitor.console import (
     phase_lines,
     visible_width,
 )
-from megacore.monitor.jsonl import drop_lines
+from megacore.monitor.goodput import goodput_of
+from megacore.monitor.jsonl import drop_lines, read_json_lines
 from megacore.monitor.memory import peak_memory_gb
 from megacore.monitor.metrics import EventsWriter, MetricsWriter, StepMetrics, format_line
 from megacore.monitor.run_folder import CONFIG, LOG, METRICS, TIMELINE, TIMELINE_PICTURE, archive_previous_run
@@ -64,6 +65,8 @@ class Files:
     metrics: MetricsWriter
     events: EventsWriter
     trackers: Sequence[Tracker]
+    last_step: int = 0
+    """The last one that the life before this one has written down."""
 
 
 class Reporter:
@@ -80,6 +83,8 @@ class Reporter:
         self.skips = Skips(mesh.device, int(state.get("skipped", 0)))
         self.most_memory_gb: Tensor | None = None
         self.began = time.perf_counter()
+        self.samples_of: Callable[[int], int] = lambda step: 0
+        """Of the first so many steps."""
 
     @classmethod
     def open(
@@ -100,6 +105,9 @@ class Reporter:
         """Say what is about to run, and how long it took to get here; ``weights`` are what it begins with, if not
         random ones."""
         self.flops_per_token = train_flops_per_token(built.spec, self.config.train.seq_len)
+        resumed = self.resumed
+        known = {} if resumed is None else {resumed.step: resumed.samples}
+        self.samples_of = lambda step: known[step] if step in known else data.plan.num_samples(step)
         if self.files is None:
             return
         c, layout, console = self.config, self.mesh.layout, self.files.console
@@ -118,6 +126,8 @@ class Reporter:
             layout=layout.describe(),
             world_size=layout.world,
             parameters=built.spec.num_params,
+            first_step=1 if self.resumed is None else self.resumed.step + 1,
+            samples=0 if self.resumed is None else self.resumed.samples,
             startup_s={name: round(seconds, 3) for name, seconds in phases.seconds.items()},
             versions={"megacore": __version__, "torch": torch.__version__, "python": platform.python_version()},
             **({"init_from": weights} if weights else {}),
@@ -141,6 +151,9 @@ class Reporter:
             step=resumed.step,
             samples=resumed.samples,
             checkpoint=resumed.what,
+            # what the life before this one has written down beyond that is made again, from the same samples
+            again_until_step=max(files.last_step, resumed.step),
+            again_until_sample=self.samples_of(max(files.last_step, resumed.step)),
             changes=[str(change) for change in resumed.changes],
             rejected=list(resumed.rejected),
         )
@@ -158,7 +171,8 @@ class Reporter:
             return
         size, seconds = human_bytes(outcome.num_bytes), human_time(outcome.seconds)
         console.line(f"{console.paint('saved', 'cyan')}  step {outcome.step}: {size} in {seconds} → {outcome.folder}")
-        events.write("save", **facts, seconds=round(outcome.seconds, 3), removed=list(outcome.removed))
+        samples = self.samples_of(outcome.step)
+        events.write("save", **facts, samples=samples, seconds=round(outcome.seconds, 3), removed=list(outcome.removed))
         if outcome.remark:
             text = f"step {outcome.step} is saved, but what comes after failed: {outcome.remark}"
             console.line(f"{console.paint('warning', 'yellow', 'bold')}  {text}")
@@ -293,6 +307,16 @@ class Reporter:
         )
         self.files.events.write("timeline", step=step, **bubbles)
 
+    def profiled(self, lines: Sequence[str], folder: Path, kinds: dict[str, Any]) -> None:
+        """Show what the time of profiled steps went into."""
+        if self.files is None:
+            return
+        console = self.files.console
+        console.line(f"{console.paint('profile', 'cyan')}  {lines[0]} → {folder}")
+        for line in lines[1:]:
+            console.line(f"         {line}")
+        self.files.events.write("profile", folder=str(folder), kinds=kinds)
+
     def finish(self) -> None:
         """The closing line."""
         if self.files is None:
@@ -302,20 +326,34 @@ class Reporter:
         without = f", {skipped} of {self.config.train.steps} steps skipped" if skipped else ""
         done = f"done: {human_count(self.tokens)} tokens in {human_time(seconds)}"
         text = f"{done}{without}; everything is in {self.config.out}"
+        last = max(self.config.train.steps, 0 if self.resumed is None else self.resumed.step)
+        facts = {"samples": self.samples_of(last), **self.tell_goodput(self.files)}
         self.files.console.line(text)
-        self.files.events.write("finish", tokens=self.tokens, seconds=seconds, skipped=skipped)
+        self.files.events.write("finish", tokens=self.tokens, seconds=seconds, skipped=skipped, **facts)
 
-    def stopped(self, step: int, samples: int, heard: Sequence[str]) -> None:
+    def stopped(self, step: int, heard: Sequence[str]) -> None:
         """The run leaves before its end, as it was asked to."""
         if self.files is None:
             return
         console, steps = self.files.console, self.config.train.steps
+        goodput = self.tell_goodput(self.files)
         why = f" ({', '.join(dict.fromkeys(heard))})" if heard else " (a signal to another rank)"
         console.line(
             f"{console.paint('stopped', 'cyan')}  after step {step} of {steps}, which is saved, as was asked{why}; the "
             "same command goes on"
         )
-        self.files.events.write("stop", step=step, samples=samples, asked_by=list(dict.fromkeys(heard)))
+        facts = {"samples": self.samples_of(step), "asked_by": list(dict.fromkeys(heard)), **goodput}
+        self.files.events.write("stop", step=step, **facts)
+
+    def tell_goodput(self, files: Files) -> dict[str, float]:
+        """Show how much of the time, over all starts, went into steps that count."""
+        found = None
+        with suppress(ValueError, KeyError):  # files that somebody has edited are no reason to fail now
+            found = goodput_of(Path(self.config.out), time.time())
+        if found is None:
+            return {}
+        files.console.line(f"goodput  {found.line()}")
+        return found.as_json()
 
     def fault(self, error: BaseException) -> None:
         """Write down what ended the run too early; whoever catches the error tells the terminal."""
@@ -353,8 +391,11 @@ def open_files(config: RunConfig, colour: bool, width: int, resumed: Resumed | N
     except OSError as error:
         raise ValueError(f"out={config.out} cannot be made ({error.strerror}); name another folder") from error
     goes_on = resumed is not None and resumed.own
+    last_step = 0
     if resumed is not None and goes_on:
         last = resumed.step
+        if (out / METRICS).exists():
+            last_step = max((record["step"] for record in read_json_lines(out / METRICS)), default=0)
         drop_lines(out / METRICS, lambda record: record["step"] <= last)  # the others are made again
     moved = None if goes_on else archive_previous_run(out)
     console = Console(sys.stdout, out / LOG, colour, width)
@@ -362,4 +403,4 @@ def open_files(config: RunConfig, colour: bool, width: int, resumed: Resumed | N
         console.line(f"an earlier run was in {out}: it now lies in {moved}")
     (out / CONFIG).write_text(to_toml(config), encoding="utf-8")
     trackers = open_trackers(out, config.log.tensorboard, config.log.wandb)
-    return Files(console, MetricsWriter(out), EventsWriter(out), trackers)
+    return Files(console, MetricsWriter(out), EventsWriter(out), trackers, last_step)

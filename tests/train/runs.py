@@ -91,9 +91,9 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, step: int, words: list[str]) ->
             main(words)
 
 
-def killed(fault: str, words: list[str]) -> str:
+def killed(fault: str, words: list[str], *, max_restarts: int = 0) -> str:
     """Start a run in a process of its own, which a signal ends, or one of its ranks; what it said of it."""
-    command = [sys.executable, "-m", "megacore", "train", *words]
+    command = [sys.executable, "-m", "megacore", "train", *words, "--max-restarts", str(max_restarts)]
     environment = os.environ | {VARIABLE: fault, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode not in (0, 2), done.stderr

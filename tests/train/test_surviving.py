@@ -166,3 +166,17 @@ def test_two_ranks_and_an_object_store(letters: str, tmp_path: Path) -> None:
     assert main(words_of(letters, whole, *LAYOUTS["zero"], "--nproc", "2")) == 0
     assert figures(tmp_path / "run") == figures(whole)
     assert digests(folder, STEPS) == last_state(whole)
+
+
+def test_a_rank_dies_and_the_run_goes_on_unaided(letters: str, uninterrupted: dict[str, Path], tmp_path: Path) -> None:
+    """The fault comes back each time until the command gives up; the same command without it finishes."""
+    layout = (*LAYOUTS["zero"], "checkpoint.async_save=false", "--nproc", "2")
+    words = words_of(letters, tmp_path / "run", *layout)
+    error = killed("step:1:6:kill", words, max_restarts=1)
+    assert "starting again from step 4" in error
+    assert "started 1 times from step 4" in error and "SIGKILL" in error
+    (resume,) = events(tmp_path / "run", "resume")
+    assert (resume["step"], resume["again_until_step"], resume["again_until_sample"]) == (4, 4, 32)
+    assert main(words) == 0
+    for ours, expected in zip(figures(tmp_path / "run"), figures(uninterrupted["plain"]), strict=True):
+        assert ours == pytest.approx(expected, rel=1e-9, abs=0)
