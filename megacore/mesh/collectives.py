@@ -11,14 +11,19 @@ from typing import Any
 
 from torch import Tensor, distributed
 
-from megacore.mesh import gloo, nccl
-from megacore.mesh.group import Group, Pending
+from megacore.mesh import gloo, imagined, nccl
+from megacore.mesh.group import IMAGINED, Group, Pending
+from megacore.mesh.named import named
 
-_BACKENDS = MappingProxyType({"gloo": gloo, "nccl": nccl})
+_BACKENDS = MappingProxyType({"gloo": gloo, "nccl": nccl, IMAGINED: imagined})
 
 
 class PeerFailed(RuntimeError):
     """Another rank has failed; the message carries its error."""
+
+
+class NotThere(RuntimeError):
+    """Ranks that are only imagined were asked for what they know."""
 
 
 def all_reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:
@@ -46,7 +51,7 @@ def all_reduce_start(x: Tensor, group: Group, op: str = "sum") -> Pending:
     """Begins `all_reduce`; x is not to be touched until `wait` returns it."""
     if group.size == 1:
         return Pending.done(x)
-    group.record("all_reduce", x.numel(), x.dtype)
+    group.record("all_reduce", x)
     bare = x.detach()
     if bare.is_contiguous():
         pending = _backend(group).all_reduce(bare, group, op)
@@ -71,7 +76,7 @@ def all_gather_start(
             f"sizes={sizes} along dim {dim}; give every rank's own size"
         )
     whole = math.prod(x.shape[:dim]) * sum(sizes) * math.prod(x.shape[dim + 1 :])
-    group.record("all_gather", whole, x.dtype)
+    group.record("all_gather", x, whole)
     return _backend(group).all_gather(x.detach(), group, dim, sizes, out)
 
 
@@ -92,7 +97,7 @@ def reduce_scatter_start(
             f"reduce_scatter over {group.axis}: {tuple(x.shape)} does not fall into {group.size} slices of "
             f"sizes={sizes} along dim {dim}; pad it to a multiple of {group.size} or give the sizes"
         )
-    group.record("reduce_scatter", x.numel(), x.dtype)
+    group.record("reduce_scatter", x)
     return _backend(group).reduce_scatter(x.detach(), group, dim, sizes, out)
 
 
@@ -114,7 +119,7 @@ def all_to_all(
             f"all_to_all over {group.axis}: {tuple(x.shape)} contradicts send_sizes={sends}, receive_sizes={receives} "
             f"between {group.size} ranks; give one size per rank, together the number of rows"
         )
-    group.record("all_to_all", x.numel(), x.dtype)
+    group.record("all_to_all", x)
     return _backend(group).all_to_all(x.detach(), group, sends, receives).wait()
 
 
@@ -122,7 +127,7 @@ def broadcast(x: Tensor, group: Group, source: int = 0) -> Tensor:
     """x, any shape, becomes that of the group's rank `source`, in place; returns x."""
     if group.size == 1:
         return x
-    group.record("broadcast", x.numel(), x.dtype)
+    group.record("broadcast", x)
     bare = x.detach()
     if bare.is_contiguous():
         _backend(group).broadcast(bare, group, source)
@@ -140,9 +145,14 @@ def barrier(group: Group) -> None:
 
 
 def gather_objects(item: Any, group: Group) -> list[Any]:
-    """One small picklable item of each rank, in order of ranks, on all ranks. For start-up and errors, not for data."""
+    """One small picklable item of each rank, in order of ranks, on all ranks. For start-up and errors, not for data.
+
+    Raises `NotThere` where the ranks are imagined.
+    """
     if group.size == 1:
         return [item]
+    if group.backend == IMAGINED:
+        raise NotThere(f"what other ranks of {group.axis} know is not known")
     items: list[Any] = [None] * group.size
     distributed.all_gather_object(items, item, group=group.handle)
     return items
@@ -166,4 +176,4 @@ def _check_out(out: Tensor | None, dim: int) -> None:
 
 
 def _backend(group: Group) -> Any:
-    return _BACKENDS[group.backend]
+    return named(_BACKENDS[group.backend], group)

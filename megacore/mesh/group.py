@@ -2,37 +2,61 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+Ranges = Callable[[str], AbstractContextManager[Any]]
+"""Makes a named range in a profile, to be entered."""
+IMAGINED = "imagined"
+"""The backend of ranks that are not there (`mesh/imagined.py`)."""
 
 
 class CommRecord(NamedTuple):
     """One collective as the formulas count it, whatever primitives carried it out.
 
     `num_elements` is the size of the whole tensor: the one reduced, the gathered result, the input of a
-    reduce-scatter, one rank's input of an all-to-all.
+    reduce-scatter, one rank's input of an all-to-all. `stream` is what it was called from: the host, or a stream of the
+    device, with whose work it is in order (NCCL has streams of its own, one per communicator). `peer` is the other rank
+    of a message, by its place in the group.
     """
 
     axis: str
     operation: str
     num_elements: int
     dtype: torch.dtype
+    stream: str = "host"
+    peer: int = -1
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole tensor."""
+        return self.num_elements * self.dtype.itemsize
 
     def wire_elements(self, size: int) -> float:
         """Elements that each of `size` ranks sends under the bandwidth-optimal algorithm (the bus factor)."""
         share = (size - 1) / size
-        return {"all_reduce": 2 * share, "broadcast": 1.0, "barrier": 0.0}.get(
+        return {"all_reduce": 2 * share, "broadcast": 1.0, "send": 1.0, "receive": 0.0, "barrier": 0.0}.get(
             self.operation, share
         ) * self.num_elements
 
 
 class CommLog(list[CommRecord]):
-    """All collectives of this rank in order. Handed to the mesh by who wants to count; nothing else fills it."""
+    """All collectives of this rank in order. Handed to the mesh by who wants to count; nothing else fills it.
+
+    ``keeps``: whether it takes note of them now; ``receives``: of both ends of messages, else of sends alone.
+    ``ranges``: makes each a range in a profile.
+    """
+
+    def __init__(self, keeps: bool = True, receives: bool = False) -> None:
+        super().__init__()
+        self.keeps, self.receives = keeps, receives
+        self.ranges: Ranges | None = None
 
     def totals(self) -> Counter[tuple[str, str]]:
         """How many collectives there were of each (axis, operation)."""
@@ -44,7 +68,7 @@ class Group:
     """The ranks along one axis that this process is one of, in order, and its own place among them.
 
     A group of size 1 has no handle and no collective over it touches torch.distributed: it is a true no-op.
-    `backend` is gloo or nccl.
+    `backend` is gloo or nccl; or `IMAGINED`, which has no handles either.
     """
 
     axis: str
@@ -57,7 +81,8 @@ class Group:
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < len(self.ranks), f"{self.axis}: rank {self.rank} is not among {len(self.ranks)}"
-        assert (self.handle is None) == (self.size == 1), f"{self.axis}: a handle belongs to more than one rank"
+        alone = self.size == 1 or self.backend == IMAGINED
+        assert (self.handle is None) == alone, f"{self.axis}: a handle belongs to more than one rank"
 
     @classmethod
     def single(cls, axis: str) -> "Group":
@@ -73,10 +98,16 @@ class Group:
         """A number that is the same on all ranks for the same collective: they call them in the same order."""
         return next(self.tags) % 2**30
 
-    def record(self, operation: str, num_elements: int, dtype: torch.dtype) -> None:
-        """Notes a collective, if anybody wants to know."""
-        if self.log is not None:
-            self.log.append(CommRecord(self.axis, operation, num_elements, dtype))
+    def record(self, operation: str, x: Tensor, num_elements: int | None = None, peer: int = -1) -> None:
+        """Notes a collective or message, if anybody wants to know; ``num_elements``: where they are not x's."""
+        if self.log is not None and self.log.keeps:
+            number = x.numel() if num_elements is None else num_elements
+            self.log.append(CommRecord(self.axis, operation, number, x.dtype, _stream_of(x.device), peer))
+
+
+def _stream_of(device: torch.device) -> str:
+    """The stream that work on a device is now given to."""
+    return f"cuda {torch.cuda.current_stream(device).stream_id}" if device.type == "cuda" else "host"
 
 
 class Message(NamedTuple):

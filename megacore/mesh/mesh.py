@@ -1,6 +1,6 @@
 """All groups of one process, built once from the layout and handed to whoever needs one of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import count
@@ -10,7 +10,7 @@ from torch import distributed
 from torch.distributed import ProcessGroup
 
 from megacore.layout.layout import Layout
-from megacore.mesh.group import CommLog, Group
+from megacore.mesh.group import IMAGINED, CommLog, Group
 
 Ranks = tuple[int, ...]
 
@@ -68,6 +68,18 @@ class ParallelMesh:
         """The mesh of one process alone; torch.distributed is not touched."""
         return cls.build(Layout(), 0, torch.device(device))
 
+    @classmethod
+    def imagined(
+        cls, layout: Layout, rank: int, partitions: Mapping[str, tuple[Ranks, ...]], log: CommLog | None = None
+    ) -> "ParallelMesh":
+        """The mesh of ``rank`` among ranks that are not there, on the meta device; ``partitions`` are
+        `partitions_of` the layout. torch.distributed is not touched, and any world will do."""
+        groups = {}
+        for axis, partition in partitions.items():
+            ranks = next(group for group in partition if rank in group)
+            groups[axis] = Group(axis, ranks, ranks.index(rank), None, IMAGINED if len(ranks) > 1 else "", log)
+        return cls(layout, rank, torch.device("meta"), **groups)
+
     def for_host(self, axis: str) -> Group:
         """The group of an axis for tensors in host memory: gloo's where NCCL serves those of the device.
 
@@ -84,6 +96,15 @@ class ParallelMesh:
         if group.size == 1:
             return group
         return replace(group, handle=handles[group.ranks], backend="gloo", tags=count())
+
+    def same_stages(self) -> Group:
+        """The ranks of this rank's stages: all of its place in the pipeline. All ranks must call it."""
+        if self.layout.pp == 1:
+            return self.world
+        partition = self.layout.groups("dp", "cp", "tp")
+        ranks = next(group for group in partition if self.rank in group)
+        handles = {each: distributed.new_group(list(each)) for each in partition if len(each) > 1}
+        return Group("same_stages", ranks, ranks.index(self.rank), handles.get(ranks), self.world.backend)
 
     def beside(self) -> Group:
         """All ranks, over gloo, in a process group of its own: for a thread that works beside training. All ranks must

@@ -9,10 +9,11 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from megacore.mesh import gloo, nccl
-from megacore.mesh.group import Group, Message, Pending
+from megacore.mesh import gloo, imagined, nccl
+from megacore.mesh.group import IMAGINED, Group, Message, Pending
+from megacore.mesh.named import named
 
-_BACKENDS = MappingProxyType({"gloo": gloo, "nccl": nccl})
+_BACKENDS = MappingProxyType({"gloo": gloo, "nccl": nccl, IMAGINED: imagined})
 
 
 def exchange_start(sends: Sequence[Message], receives: Sequence[Message], group: Group) -> list[Pending]:
@@ -21,8 +22,12 @@ def exchange_start(sends: Sequence[Message], receives: Sequence[Message], group:
     A tensor is not to be touched until its own ``wait`` returns it.
     """
     for message in sends:
-        group.record("send", message.tensor.numel(), message.tensor.dtype)
-    return _BACKENDS[group.backend].exchange(sends, receives, group)
+        group.record("send", message.tensor, peer=message.peer)
+    if group.log is not None and group.log.receives:
+        for message in receives:
+            group.record("receive", message.tensor, peer=message.peer)
+    pending: list[Pending] = named(_BACKENDS[group.backend], group).exchange(sends, receives, group)
+    return pending
 
 
 def swap(x: Tensor, peer: int, tag: int, group: Group) -> Tensor:

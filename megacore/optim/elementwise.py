@@ -14,7 +14,7 @@ from megacore.config.optimizers import kept
 from megacore.optim.moments import make_moment, weights_of
 from megacore.optim.rule import Rule, Share
 
-CHUNKS = (("cpu", 1 << 16), ("cuda", 1 << 24))
+CHUNKS = (("cpu", 1 << 16), ("cuda", 1 << 24), ("meta", 1 << 24))
 """Elements updated at once, multiples of a block: of a cache, or so that launches do not count."""
 
 

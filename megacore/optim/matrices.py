@@ -45,8 +45,11 @@ class Matrices:
         self._begins = list(accumulate(self._sizes, initial=0))
         counts = torch.tensor([rows, columns], dtype=torch.long, device=share.device)
         places = torch.arange(len(rows), device=share.device)
-        self.matrix_of_row = places.repeat_interleave(counts[0])
-        lengths = torch.cat([counts[1].repeat_interleave(counts[0]), counts[0].repeat_interleave(counts[1])])
+        sizes = {"output_size": self.num_rows}, {"output_size": self.num_columns}
+        self.matrix_of_row = places.repeat_interleave(counts[0], **sizes[0])
+        lengths = torch.cat(
+            [counts[1].repeat_interleave(counts[0], **sizes[0]), counts[0].repeat_interleave(counts[1], **sizes[1])]
+        )
         self.lengths = lengths.to(self.dtype)
         self.numels = torch.tensor([m.numel for m in self.matrices], dtype=self.dtype, device=share.device)
 

@@ -91,9 +91,9 @@ class Blocks(Moment):
 
     def __init__(self, share: Share, signed: bool) -> None:
         assert all(run.start % BLOCK == 0 for run in share.runs), "a shard is cut inside a block"
-        self.codes = codebook(signed, share.device)
-        self.table = lookup(self.codes)
-        zero = int((self.codes == 0).nonzero())
+        codes = codebook(signed, torch.device("cpu"))
+        self.codes, self.table = codes.to(share.device), lookup(codes).to(share.device)
+        zero = int((codes == 0).nonzero())
         self.data = share.zeros(torch.uint8)
         for data in self.data:
             data.fill_(zero)

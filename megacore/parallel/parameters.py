@@ -43,8 +43,7 @@ class ParameterMaker:
             nan = torch.full((), torch.nan, dtype=self.dtype, device=self.device)
             return nn.Parameter(nan.expand(shape))
         tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
-        if tensor.device.type != "meta":
-            fill(tensor, spec, self.group, self.seed)
+        fill(tensor, spec, self.group, self.seed)
         return nn.Parameter(tensor)
 
     def optional(self, name: str) -> nn.Parameter | None:
@@ -54,7 +53,9 @@ class ParameterMaker:
 
 @torch.no_grad()
 def fill(tensor: Tensor, spec: ParamSpec, group: Group, seed: int) -> None:
-    """Write this rank's part of a parameter's initial value into ``tensor`` (local shape)."""
+    """Write this rank's part of a parameter's initial value into ``tensor`` (local shape; nothing on the meta device)."""
+    if tensor.is_meta:
+        return
     if spec.init != "normal":
         tensor.fill_({"ones": 1.0, "zeros": 0.0}[spec.init])
         return

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from megacore.config.kernels import OPTIMIZER, operations_of, wanted, wanted_of_model
+from megacore.config.modules import TRANSFORMER_ENGINE as MODULES
 from megacore.config.offload import on_host, split_problem
-from megacore.config.schema import PrecisionConfig, RunConfig
+from megacore.config.schema import LogConfig, PrecisionConfig, RunConfig
 from megacore.config.settings import settings
 from megacore.config.write import config_hash
 from megacore.kernels.fp8.products import product_of
@@ -41,6 +42,7 @@ from megacore.spec.fp8 import fp8_layers
 from megacore.spec.settings import settings_of
 from megacore.spec.stages import layers_of_stages
 from megacore.train.failpoints import Failpoints
+from megacore.train.modules import make_modules
 from megacore.train.schedule import own_schedule_hash, plan_schedule
 from megacore.train.step import Trainer
 
@@ -87,25 +89,50 @@ def build(
     phases = phases or Phases()
     with phases.time("mesh"):
         layout = Layout.of(config.parallel, info.world_size)
-        kv_replicas = max(1, layout.tp // config.model.num_kv_heads)
-        mesh = ParallelMesh.build(layout, info.rank, device, kv_replicas, log)
+        log = log_for(config.log) if log is None else log
+        mesh = ParallelMesh.build(layout, info.rank, device, kv_replicas(config), log)
+    return build_on(config, mesh, device, phases)
+
+
+def log_for(log: LogConfig) -> CommLog | None:
+    """What the mesh is given where somebody is going to look on (`train/watching.py`); None: nobody is."""
+    return CommLog(keeps=False, receives=True) if log.profile or log.nvtx or log.communication else None
+
+
+def kv_replicas(config: RunConfig) -> int:
+    """Neighbours in tp that hold the same kv heads."""
+    return max(1, config.parallel.tp // config.model.num_kv_heads)
+
+
+def build_on(config: RunConfig, mesh: ParallelMesh, device: torch.device, phases: Phases | None = None) -> Built:
+    """As `build`, with a mesh that is there; ``device`` is what kernels are chosen for, which is the mesh's own unless
+    that is the meta device of a dry run."""
+    phases, layout = phases or Phases(), mesh.layout
     dtype = dict(DTYPES)[config.precision.dtype]
-    kernels, choices = resolve(device, dtype, wanted_of_model(config.kernels.use))
+    products = {name: backend for name, backend in wanted_of_model(config.kernels.use).items() if backend != MODULES}
+    kernels, choices = resolve(device, dtype, products)
     plan = partial(plan_schedule, config)
-    home = plan(config.train.global_batch_size // (config.train.micro_batch_size * layout.dp)).home
+    schedule = plan(config.train.global_batch_size // (config.train.micro_batch_size * layout.dp))
+    home = schedule.home
     with phases.time("model"):
         parallel = config.parallel
         sequence = parallel.sequence_parallel and mesh.tp.size > 1
         spec = ModelSpec.of(config.model, sequence)
-        fp8, of_fp8 = make_fp8(config, spec, mesh, dtype)
+        modules, of_modules = make_modules(config, spec, mesh, schedule, dtype, device)
+        fp8, of_fp8 = (None, ()) if modules else make_fp8(config, spec, mesh, dtype, device, kernels)
         linears = {} if fp8 is None else fp8.kernels
-        tp = TensorParallel(mesh.tp, sequence, parallel.regather_inputs, kernels.linear, linears=linears)
-        make = ParameterMaker(spec.by_name, mesh.tp, device, dtype, config.train.seed, filled=False)
+        tp = TensorParallel(
+            mesh.tp, sequence, parallel.regather_inputs, kernels.linear, linears=linears, modules=modules
+        )
+        make = ParameterMaker(spec.by_name, mesh.tp, mesh.device, dtype, config.train.seed, filled=False)
         stages = make_stages(config, make, tp, kernels, [rank == mesh.pp.rank for rank in home])
+        if modules:
+            modules.prepare()
     with phases.time("buffers"):
         storage = make_storage(config, spec, stages, mesh, make, updates_on_host(config, device))
         rule = make_optimizer(config, spec, storage)
-        norm = GlobalNorm(storage.runs, spec.params, mesh, storage.shards, () if 0 in stages else (TIED,))
+        copies = () if 0 in stages else (TIED,)
+        norm = GlobalNorm(storage.runs, spec.params, mesh, storage.shards, copies, kernels.squares)
         watched = config.log.statistics_every > 0
         trainer = Trainer(
             spec,
@@ -115,33 +142,33 @@ def build(
             storage,
             tp.wgrad,
             make_clip(config.optim, norm, watched),
-            LossScale(config.precision, device),
+            LossScale(config.precision, mesh.device),
             rule,
             Watch(norm, spec.params, mesh) if watched else None,
-            fp8,
+            modules or fp8,
         )
-    used = operations_of(config.model)
-    chosen = (*(c for c in choices if c.operation in used), *of_fp8, *rule.kernels)
+    used = operations_of(config.model, config.precision.fp8)
+    chosen = (*(c for c in choices if c.operation in used), *of_modules, *of_fp8, *rule.kernels)
     reasons = (*explain(device, dtype, chosen), *packages()) if config.kernels.explain else ()
-    failpoints = Failpoints.of(os.environ, info.rank)
+    failpoints = Failpoints.of(os.environ, mesh.rank)
     return Built(config, spec, mesh, stages, storage, trainer, chosen, reasons, failpoints)
 
 
 def make_fp8(
-    config: RunConfig, spec: ModelSpec, mesh: ParallelMesh, dtype: torch.dtype
+    config: RunConfig, spec: ModelSpec, mesh: ParallelMesh, dtype: torch.dtype, device: torch.device
 ) -> tuple[Fp8 | None, tuple[Choice, ...]]:
     """The layers that multiply in FP8, if there are any, and the choice of their product. Raises ValueError where the
     device has none."""
     precision = config.precision
     if precision.fp8 == "off":
         return None, ()
-    product, choice = product_of(precision.fp8, mesh.device, dtype)
+    product, choice = product_of(precision.fp8, device, dtype)
     layers = fp8_layers(spec, precision)
     recipe: Recipe
     if precision.fp8 == "delayed":
-        recipe = Delayed(len(layers), precision.fp8_history, precision.fp8_margin, mesh.device)
+        recipe = Delayed(len(layers), precision.fp8_history, precision.fp8_margin, mesh.device, kernels.quantise)
     else:
-        recipe = Current() if precision.fp8 == "current" else Blocks()
+        recipe = Current(kernels.quantise) if precision.fp8 == "current" else Blocks()
     return Fp8(recipe, product, layers, mesh.world, mesh.device), (choice,)
 
 

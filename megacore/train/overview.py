@@ -1,4 +1,4 @@
-"""What is about to run, in a few lines. Imports no torch: `megacore train --dry-run` says it too."""
+"""What is about to run, in a few lines: at its start, and in a dry run. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """The command line of `megacore train`: what is refused, what a dry run says, and who speaks in a job."""
 
+import json
 import subprocess
 import sys
 import time
@@ -52,22 +53,43 @@ def test_no_process_is_refused(nproc: int, capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().err.startswith(f"megacore: --nproc={nproc} must be at least 1")
 
 
-def test_a_dry_run_needs_no_torch_and_prints_a_run_file(data: str, tmp_path: Path) -> None:
+def test_a_dry_run_prints_a_run_file(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ("parallel.tp=2", "train.batch_ramp=8,8,100", "train.steps=20", "train.eval_every=5", "data.split=8,2,0")
     arguments = words(data, tmp_path / "run", *more, "--nproc", "2", "--dry-run")
-    done = subprocess.run([sys.executable, "-c", DRY, *arguments], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "")
-    head = done.stdout.partition("\n\n")[0].splitlines()
-    assert [line.split()[1] for line in head] == ["model", "layout", "batch", "data", "state"]
+    assert run("megacore.launch.train", arguments) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    head = shown.out.partition("\n\n")[0].splitlines()
+    assert [line.split()[1] for line in head[:6]] == ["model", "layout", "batch", "data", "state", "built"]
     # 2 * 4096 * 128 embeddings; 4 * (4 * 128^2 + 3 * 128 * 384) + 9 * 128 the rest
     assert "1.90M parameters" in head[0]
     assert "2 processes" in head[1]
     assert "16 x 16 tokens (grown from 8 by step" in head[2]
     assert "800 training tokens in corpus: " in head[3]
-    (tmp_path / "again.toml").write_text(done.stdout)
+    (tmp_path / "again.toml").write_text(shown.out)
     own = [word for word in arguments if "=" in word]
     assert load(str(tmp_path / "again.toml")) == resolve(load(None, own, "demo"), 2)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_of_a_large_world_needs_neither_ranks_nor_data(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--preset", "demo", "model.vocab_size=4096", "parallel.tp=2", "parallel.pp=2", "parallel.zero=1"]
+    more = ["train.global_batch_size=512", "train.micro_batch_size=1", "--nproc", "1024", "--dry-run"]
+    assert run("megacore.launch.train", [*words, *more, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["world"], found["layout"]["dp"], found["microbatches"]) == (1024, 256, 2)
+    for rank in found["ranks"]:
+        assert rank["agrees"]
+        assert rank["stands_for"] == 512
+        gaps = sum(rank[kind] - rank["spec"][kind] for kind in ("params", "grads", "optimizer"))
+        assert gaps == rank["gaps"] >= 0
+        assert {each["axis"] for each in rank["communication"]} >= {"tp", "pp", "dp_shard"}
+    assert run("megacore.launch.train", [*words, *more]) == 0
+    shown = capsys.readouterr().out
+    assert "# data     none yet: data.blend is empty" in shown
+    assert "# built    2 of 1024 ranks, with kernels for cpu:\n" in shown
+    assert run("megacore.launch.train", ["--preset", "demo", "--json"]) == 2
+    assert "--json goes with --dry-run" in capsys.readouterr().err
 
 
 def test_a_dry_run_shows_the_pipeline(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,11 +85,16 @@ def _of_nothing(a: Scaled, b: Scaled, out: torch.dtype) -> tuple[Tensor, ...]:
     return (torch.zeros(a.codes.shape[0], b.codes.shape[0], dtype=out, device=a.codes.device),)
 
 
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU; one that is only imagined, by a dry run on a machine without any, is an H100."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (9, 0)
+
+
 def _refuses(least: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str:
     if dtype not in (torch.float32, torch.bfloat16):
         return f"made for float32 and bfloat16, not {dtype}"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < least:
-        return f"needs compute capability {least[0]}.{least[1]}, not {torch.cuda.get_device_capability(device)}"
+    if device.type == "cuda" and _capability(device) < least:
+        return f"needs compute capability {least[0]}.{least[1]}, not {_capability(device)}"
     return ""
 
 
@@ -104,8 +109,8 @@ def block_refuses(device: torch.device, dtype: torch.dtype) -> str:
         return f"torch has no product of blocks in FP8 on {device.type}"
     if not hasattr(functional, "scaled_mm"):
         return "this torch has no scaled_mm; 2.10 has"
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        return f"made for sm_90, not {torch.cuda.get_device_capability(device)}"
+    if _capability(device)[0] != 9:
+        return f"made for sm_90, not {_capability(device)}"
     return _refuses((9, 0), device, dtype)
 
 
