@@ -15,6 +15,14 @@ if ! "$bin/python" -m pip show --quiet megatron-core 2>/dev/null; then
     "$bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python "$oracle" ||
         echo "tests: $oracle cannot be installed here; tests that compare with it are skipped"
 fi
+# The sources of transformer-engine, to hold against what is called of them. Its universal wheel (1.2 MB) has no binaries
+# and could not be imported, so it is kept apart from what is installed.
+contract=transformer-engine==2.20.2
+if [ ! -e "$MEGACORE_VENV/contracts/transformer_engine-${contract##*==}.dist-info" ]; then
+    rm -rf "$MEGACORE_VENV/contracts"
+    "$bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$MEGACORE_VENV/contracts" \
+        "$contract" || echo "tests: $contract cannot be had here; tests that read its sources are skipped"
+fi
 failed=()
 
 part() {

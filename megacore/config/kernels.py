@@ -13,7 +13,7 @@ from megacore.config.errors import did_you_mean
 from megacore.config.schema import ModelConfig, RunConfig
 
 FOLDER = Path(__file__).parents[1] / "kernels"
-TABLES = ("table.py", "adamw.py")
+TABLES = ("table.py", "transformer_engine.py", "adamw.py")
 OPTIMIZER = "adamw"
 """The operation that optimizers choose for; models call the fields of ``Kernels``."""
 
@@ -47,7 +47,8 @@ def kernel_problems(config: RunConfig) -> Iterator[str]:
     """A line for everything in ``kernels.use`` that cannot be read or would not be called."""
     known, texts = backends(), config.kernels.use
     operations = [_words(text)[0] for text in texts]
-    called = operations_of(config.model) | ({OPTIMIZER} if config.optim.name in ("adam", "adamw") else set())
+    optimizer = {OPTIMIZER} if config.optim.name in ("adam", "adamw") else set()
+    called = operations_of(config.model, config.precision.fp8) | optimizer
     for text in texts:
         what = f'kernels.use holds "{text}"'
         operation, backend = _words(text)
@@ -63,11 +64,16 @@ def kernel_problems(config: RunConfig) -> Iterator[str]:
             yield f"{what}, which this run does not call; it calls {', '.join(sorted(called))}: leave it out"
 
 
-def operations_of(model: ModelConfig) -> frozenset[str]:
-    """The kernels that a model calls."""
+def operations_of(model: ModelConfig, fp8: str = "off") -> frozenset[str]:
+    """The kernels that training a model calls."""
     norms = {"rmsnorm": "rms_norm", "layernorm": "layer_norm"}
     attention = "attention_softcap" if model.attention_softcap else "attention"
-    used = {"linear", norms[model.norm], model.activation.replace("-", "_"), attention}
+    used = {"linear", norms[model.norm], attention, "logit_statistics", "squares"}
+    used.add("bias_gelu" if model.activation == "gelu" and model.mlp_bias else model.activation.replace("-", "_"))
+    if model.norm_placement != "post" and not model.parallel_residual:
+        used.add(f"{norms[model.norm]}_add")
+    if fp8 in ("current", "delayed"):
+        used.add("quantise")
     if model.position == "rope":
         used.add("rope")
     if model.qk_norm and model.qk_norm_over == "head":

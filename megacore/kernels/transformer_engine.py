@@ -6,6 +6,8 @@ from importlib import import_module, metadata
 import torch
 from packaging.version import Version
 
+from megacore.kernels.choice import Kernel, Later
+
 OLDEST = "2.9"
 """The first with ``autocast(enabled=, recipe=, amax_reduction_group=)``."""
 INSTALL = 'pip install --no-build-isolation "megacore[te]"'
@@ -28,3 +30,19 @@ def unavailable() -> str:
     except Exception as reason:  # RuntimeError without its core, OSError without cuDNN, AssertionError, ...
         return f"it does not load: {reason}; {INSTALL}"
     return ""
+
+
+def refuses(device: torch.device, dtype: torch.dtype) -> str:
+    """Why its modules cannot serve, or ''."""
+    if reason := unavailable():
+        return reason
+    if device.type != "cuda":
+        return f"made for CUDA, not {device.type}"
+    if dtype == torch.float64:
+        return "used for 16 and 32 bits, not torch.float64"
+    return ""
+
+
+LINEAR = Later("transformer_engine.pytorch", "Linear")
+MODULES = Kernel("linear", "transformer-engine", LINEAR, refuses, by_default=False)
+"""The module that takes the place of the blocks' linear layers; not one of the products that ``table`` chooses from."""

@@ -11,7 +11,7 @@ from megacore.model.norm import RMSNorm
 from megacore.model.recompute import recomputed
 from megacore.parallel.dropout import keep_mask
 from megacore.parallel.head_norm import HeadNorm
-from megacore.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megacore.parallel.linear import make_column, make_row
 from megacore.parallel.parameters import ParameterMaker
 from megacore.parallel.tensor import TensorParallel
 
@@ -35,7 +35,7 @@ class Attention(nn.Module):
         self.m = max(1, model.num_kv_heads // tp.group.size)
         self.first_head, self.num_heads = tp.group.rank * self.n, model.num_heads
         self.scale = model.attention_scale_dim**-0.5
-        self.qkv = ColumnParallelLinear(make.below("qkv"), tp)
+        self.qkv = make_column(make.below("qkv"), tp)
         if model.qk_norm:
             self.q_norm = RMSNorm(make.below("q_norm"), model, kernels.rms_norm)
             self.k_norm = RMSNorm(make.below("k_norm"), model, kernels.rms_norm)
@@ -43,7 +43,7 @@ class Attention(nn.Module):
         counts = self.n * self.d * tp.group.size, self.m * self.d * tp.group.size
         across = model.qk_norm and model.qk_norm_over == "all"
         self.norm_across = HeadNorm(counts, model.norm_eps, float(model.norm_unit_offset), tp.group) if across else None
-        self.out = RowParallelLinear(make.below("out"), tp)
+        self.out = make_row(make.below("out"), tp)
         self.qk_norm, self.recompute, self.window = model.qk_norm, recompute, window
         self.rope = kernels.rope
         self.attend = kernels.attention

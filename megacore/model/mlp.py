@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from megacore.config.resolve import GATED
 from megacore.config.schema import ModelConfig
 from megacore.kernels.table import Kernels
-from megacore.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megacore.parallel.linear import ColumnParallelLinear, make_column, make_row
 from megacore.parallel.parameters import ParameterMaker
 from megacore.parallel.tensor import TensorParallel
 
@@ -16,13 +16,20 @@ class MLP(nn.Module):
     def __init__(self, model: ModelConfig, make: ParameterMaker, tp: TensorParallel, kernels: Kernels) -> None:
         super().__init__()
         self.name = "gate_up" if model.activation in GATED else "up"
-        self.add_module(self.name, ColumnParallelLinear(make.below(self.name), tp))
+        wide = make_column(make.below(self.name), tp)
+        self.add_module(self.name, wide)
         self.activate = getattr(kernels, model.activation.replace("-", "_"))
-        self.down = RowParallelLinear(make.below("down"), tp)
+        # in one with what the bias is added to; linear layers that are somebody else's add theirs themselves
+        fuses = model.activation == "gelu" and isinstance(wide, ColumnParallelLinear) and wide.bias is not None
+        self.bias_gelu = kernels.bias_gelu if fuses else None
+        self.down = make_row(make.below("down"), tp)
 
     def forward(self, x_th: Tensor) -> Tensor:
         return self.down(self.widened(x_th))
 
     def widened(self, x_th: Tensor) -> Tensor:
         """What goes into the last product, [t, f]."""
-        return self.activate(self.get_submodule(self.name)(x_th))
+        wide = self.get_submodule(self.name)
+        if self.bias_gelu is not None:
+            return self.bias_gelu(wide.product(x_th), wide.bias)
+        return self.activate(wide(x_th))

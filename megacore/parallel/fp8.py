@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import IntEnum
 from weakref import ref
@@ -65,6 +66,13 @@ class Fp8:
         """Of each layer, the gradient whose first product was made, as long as the second one is outstanding."""
         self.measures = False
         self.powers = torch.zeros(len(self.layers), len(Kind), 2, dtype=torch.float64, device=device)
+
+    everywhere = True
+    """Whether all ranks remember the same."""
+
+    def within(self) -> AbstractContextManager[None]:
+        """Around the forward of a stage, or of a unit."""
+        return nullcontext()
 
     def begin(self, measures: bool = False) -> None:
         """A training step begins; with ``measures`` every product is also made exactly, and compared."""

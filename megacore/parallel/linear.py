@@ -98,6 +98,10 @@ class ColumnParallelLinear(nn.Module):
     def forward(self, x_ti: Tensor) -> Tensor:
         return _ColumnParallel.apply(x_ti, self.weight, self.bias, self.tp, self.kernel)
 
+    def product(self, x_ti: Tensor) -> Tensor:
+        """y without the bias, which somebody else adds."""
+        return _ColumnParallel.apply(x_ti, self.weight, None, self.tp, self.kernel)
+
 
 class RowParallelLinear(nn.Module):
     """y [t, o] (y [t/tp, o] under sequence parallelism) of x [t, i/tp]: the sum over ranks of their inputs' parts."""
@@ -110,6 +114,16 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x_ti: Tensor) -> Tensor:
         return _RowParallel.apply(x_ti, self.weight, self.bias, self.tp, self.kernel)
+
+
+def make_column(make: ParameterMaker, tp: TensorParallel) -> nn.Module:
+    """A block's column-parallel layer, of the kind that the run has chosen."""
+    return (tp.modules.column if tp.modules else ColumnParallelLinear)(make, tp)
+
+
+def make_row(make: ParameterMaker, tp: TensorParallel) -> nn.Module:
+    """A block's row-parallel layer, of the kind that the run has chosen."""
+    return (tp.modules.row if tp.modules else RowParallelLinear)(make, tp)
 
 
 def column_parallel(x_ti: Tensor, weight_oi: Tensor, tp: TensorParallel) -> Tensor:

@@ -2,10 +2,22 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import nn
 
 from megacore.kernels.linear import REFERENCE, LinearKernel
 from megacore.mesh.group import Group
+from megacore.parallel.parameters import ParameterMaker
 from megacore.parallel.wgrad import WeightGradients
+
+
+class LinearModules(Protocol):
+    """Makes linear layers that are somebody else's, to the contract of those in ``linear``."""
+
+    def column(self, make: ParameterMaker, tp: "TensorParallel") -> nn.Module: ...
+
+    def row(self, make: ParameterMaker, tp: "TensorParallel") -> nn.Module: ...
 
 
 @dataclass(frozen=True)
@@ -15,7 +27,7 @@ class TensorParallel:
     With ``sequence`` each rank holds a run of the microbatch's tokens there, not all of them; with ``regather`` a
     column-parallel layer keeps only its shard of the input for backward and gathers it once more. ``linear`` is the
     matrix product that the layers use but for those that have their own in ``linears``, by their global names;
-    ``wgrad`` takes their weights' gradients.
+    ``wgrad`` takes their weights' gradients. ``modules`` makes the layers of blocks instead, if it is there.
     """
 
     group: Group
@@ -24,6 +36,7 @@ class TensorParallel:
     linear: LinearKernel = REFERENCE
     wgrad: WeightGradients = field(default_factory=WeightGradients, repr=False)
     linears: Mapping[str, LinearKernel] = field(default_factory=dict, repr=False)
+    modules: LinearModules | None = field(default=None, repr=False)
 
     @classmethod
     def single(cls) -> "TensorParallel":

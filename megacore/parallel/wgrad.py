@@ -61,12 +61,16 @@ class WeightGradients:
             return weight.new_zeros(weight.shape).index_add_(0, index_t, grad_th)
         return self._add(partial(into.index_add_, 0, index_t, grad_th.to(into.dtype)))
 
-    def _add(self, work: Work) -> Tensor | None:
-        """None: what autograd is to be told of the gradient."""
+    def due(self, work: Work) -> None:
+        """Do work at once or, inside ``put_off``, keep it for later."""
         if self._kept is None:
             work()
         else:
             self._kept.append(work)
+
+    def _add(self, work: Work) -> Tensor | None:
+        """None: what autograd is to be told of the gradient."""
+        self.due(work)
         return None
 
 

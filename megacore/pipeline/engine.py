@@ -1,7 +1,8 @@
 """Executes a list of instructions: a table from op to handler, and nothing that knows of any schedule."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megacore.mesh.group import Group
+from megacore.mesh.group import Group, Ranges
 from megacore.model.inputs import Inputs, Shared
 from megacore.model.stage import Loss, Stage
 from megacore.parallel.wgrad import WeightGradients, Work
@@ -71,6 +72,8 @@ class Actions:
     """Lets them go."""
     use: Callable[[int, int, bool], None] = nothing
     """Before a stage or unit computes forwards (False) or backwards (True): what it needs is to be in place."""
+    within: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Around the forward of a stage or unit."""
 
 
 def compile_list(instructions: Iterable[Instruction], by_name: bool) -> list[Step]:
@@ -146,6 +149,21 @@ class PipelineEngine:
         self.shared: dict[tuple[int, int], Shared] = {}
         self.peak_live = 0
         self.logits: Tensor | None = None
+        self.do = self._do
+
+    @contextmanager
+    def named(self, ranges: Ranges) -> Iterator[None]:
+        """Within, everything that is done is a range of its name in a profile."""
+
+        def do(op: Op, instructions: Sequence[Instruction]) -> None:
+            with ranges(" ".join(map(str, instructions))):
+                self._do(op, instructions)
+
+        before, self.do = self.do, do
+        try:
+            yield
+        finally:
+            self.do = before
 
     def compile(self, instructions: Iterable[Instruction]) -> list[Step]:
         """This rank's list in the form that ``run`` walks."""
@@ -171,11 +189,11 @@ class PipelineEngine:
         self.mailbox = Mailbox(self.pp, self.num_stages)
         for op, instructions, places in steps:
             if marks is None:
-                self._do(op, instructions)
+                self.do(op, instructions)
             else:
                 self._settle(instructions)  # waiting is not computing
                 began = Mark(self.device)
-                self._do(op, instructions)
+                self.do(op, instructions)
                 marks.update(dict.fromkeys(places, (began, Mark(self.device))))
         self.mailbox.close()
         assert not self.live and not self.put_off, (list(self.live), list(self.put_off))
@@ -214,12 +232,13 @@ class PipelineEngine:
         if x is not None:
             x.requires_grad_(torch.is_grad_enabled())
         inputs = self.microbatches[microbatch]
-        if unit == WHOLE:
-            out = stage(inputs, x, self.wants_logits)
-        else:
-            if at not in self.shared:
-                self.shared[at] = stage.shared(inputs)
-            out = stage.unit(unit, inputs, self.shared[at], x, self.wants_logits)
+        if unit != WHOLE and at not in self.shared:
+            self.shared[at] = stage.shared(inputs)
+        with self.actions.within():
+            if unit == WHOLE:
+                out = stage(inputs, x, self.wants_logits)
+            else:
+                out = stage.unit(unit, inputs, self.shared[at], x, self.wants_logits)
         self._pass_on(out, number, microbatch, unit)
         if torch.is_grad_enabled():
             end = out.objective if isinstance(out, Loss) else out

@@ -16,10 +16,10 @@ from megacore.mesh.group import Group, Pending
 
 
 def set_gradient(param: nn.Parameter, grad: Tensor | None) -> None:
-    """Where backward adds a parameter's gradient: ``grad`` itself, or ``main_grad`` where that is of another dtype,
-    which autograd would refuse."""
+    """Where backward adds a parameter's gradient: ``main_grad``, which is ``grad`` itself unless it is of another
+    dtype, which autograd would refuse."""
     own = grad is None or grad.dtype == param.dtype
-    param.grad, param.main_grad = (grad, None) if own else (None, grad)  # type: ignore[attr-defined]
+    param.grad, param.main_grad = grad if own else None, grad  # type: ignore[attr-defined]
 
 
 def add_to_main_grad(param: Tensor) -> None:

@@ -155,7 +155,12 @@ def build_on(config: RunConfig, mesh: ParallelMesh, device: torch.device, phases
 
 
 def make_fp8(
-    config: RunConfig, spec: ModelSpec, mesh: ParallelMesh, dtype: torch.dtype, device: torch.device
+    config: RunConfig,
+    spec: ModelSpec,
+    mesh: ParallelMesh,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: Kernels,
 ) -> tuple[Fp8 | None, tuple[Choice, ...]]:
     """The layers that multiply in FP8, if there are any, and the choice of their product. Raises ValueError where the
     device has none."""

@@ -6,7 +6,8 @@
     optim/MOMENT/NAME@tpIofN    codes of 8 bits, of what rank I of N holds, flattened: blocks are cut there; `.scale`
                             behind MOMENT has their scales
     optim/clock, state/...  numbers that are the same on all ranks: clock, loss scale, clipping, and
-                            largest elements for FP8 (state/fp8/amaxSTEPS/LAYER)
+                            largest elements for FP8 (state/fp8/amaxSTEPS/LAYER; of transformer-engine's modules
+                            state/fp8/teSTEPS/LAYER/scaling_fwd.amax_history and so on, equal where the layer is)
 
 Where several ranks hold the same, they share the writing. Data need nothing: samples are a function of their ordinal,
 and everything random is one of the seed and an index.
@@ -150,11 +151,14 @@ class State:
         numbers = {CLOCK: trainer.rule.clock}
         numbers |= {f"{STATE}loss_scale/{name}": tensor for name, tensor in trainer.loss_scale.state().items()}
         numbers |= {f"{STATE}clip/{name}": tensor for name, tensor in trainer.clip.state().items()}
+        of_stages: dict[str, Tensor] = {}
         if trainer.fp8 is not None:
-            numbers |= {f"{STATE}fp8/{name}": tensor for name, tensor in trainer.fp8.state().items()}
-        for key, tensor in numbers.items():
-            shape = tuple(tensor.shape)
-            yield Held(Part(key, shape, (0,) * len(shape), shape, tensor), self.everyone)
+            of_fp8 = numbers if trainer.fp8.everywhere else of_stages
+            of_fp8 |= {f"{STATE}fp8/{name}": tensor for name, tensor in trainer.fp8.state().items()}
+        for tensors, writers in ((numbers, self.everyone), (of_stages, self.stage_ranks)):
+            for key, tensor in tensors.items():
+                shape = tuple(tensor.shape)
+                yield Held(Part(key, shape, (0,) * len(shape), shape, tensor), writers)
 
     def _of_optimizer(self) -> Iterator[Held]:
         rule, kinds = self.built.trainer.rule, kinds_of(self.built.config.optim.name)

@@ -1,6 +1,7 @@
 """One optimizer step and one evaluation: what happens around the schedule's instructions."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from megacore.optim.loss_scale import LossScale
 from megacore.optim.rule import Rule
 from megacore.optim.statistics import Statistics, Watch
 from megacore.parallel.fp8 import Fp8, SignalToNoise
+from megacore.parallel.transformer_engine import TransformerEngine
 from megacore.parallel.wgrad import WeightGradients
 from megacore.pipeline.engine import Actions, Marks, PipelineEngine, Step, Sums, nothing
 from megacore.schedule.generators.generate import forward_only
@@ -72,7 +74,7 @@ class Trainer:
         loss_scale: LossScale,
         rule: Rule,
         watch: Watch | None = None,
-        fp8: Fp8 | None = None,
+        fp8: Fp8 | TransformerEngine | None = None,
     ) -> None:
         """``home`` is the pipeline rank of every stage, ``plan`` gives the schedule of so many microbatches; ``watch``
         makes the statistics of steps that ask for them; ``fp8`` are the stages' layers that multiply in FP8."""
@@ -91,6 +93,7 @@ class Trainer:
             gather=lambda stage, unit: storage.gather((stage, unit)),
             free=lambda stage, unit: storage.free((stage, unit)),
             use=self._use if storage.policy.by_unit or storage.shards.size > 1 else nothing,
+            within=nullcontext if fp8 is None else fp8.within,
         )
         self.engine = PipelineEngine(stages, len(self.home), mesh.pp, wgrad, mesh.device, actions)
         self._training: dict[int, list[Step]] = {}

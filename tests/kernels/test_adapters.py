@@ -5,11 +5,8 @@ The contract is read from the sources of an installed package, without importing
 
 import ast
 import sys
-from collections.abc import Iterator
-from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -17,6 +14,7 @@ import torch
 
 from megacore.kernels import apex, transformer_engine
 from megacore.kernels.adamw import Moments, Rates
+from tests.contracts import definitions, sources
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -40,35 +38,6 @@ APEX_CALLS = {
     "MultiTensorApply.__call__": ("op", "noop_flag_buffer", "tensor_lists", "*args"),
 }
 """What of apex is called, with the arguments in their order."""
-
-
-def definitions(tree: ast.AST, within: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Functions, classes and their methods, with the names of their arguments; a class has those of its __init__."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.FunctionDef):
-            args = node.args
-            names = [each.arg for each in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
-            yield within + node.name, [*names, *([f"*{args.vararg.arg}"] if args.vararg else [])]
-        elif isinstance(node, ast.ClassDef):
-            methods = dict(definitions(node, f"{node.name}."))
-            yield within + node.name, methods.get(f"{node.name}.__init__", [])
-            yield from methods.items()
-        else:
-            yield from definitions(node, within)
-
-
-@cache
-def sources(package: str) -> dict[str, list[list[str]]]:
-    """All definitions of an installed package by name; skips where it is not there."""
-    spec = find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip(f"{package} is not installed")
-    found: dict[str, list[list[str]]] = {}
-    for folder in spec.submodule_search_locations:
-        for path in sorted(Path(folder).rglob("*.py")):
-            for name, args in definitions(ast.parse(path.read_text(encoding="utf-8"))):
-                found.setdefault(name, []).append(args)
-    return found
 
 
 @pytest.mark.parametrize("name", TE_CALLS)
