@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 from megacore.config.errors import ConfigError
@@ -17,6 +18,9 @@ from megacore.config.parse import Typed, Unfit, coerce, literal, show
 from megacore.config.presets import preset_path
 from megacore.config.schema import ModelConfig, RunConfig
 from megacore.config.validate import choice_problem, validate
+
+SHORT: Mapping[str, str] = MappingProxyType({"profile": "log.profile"})
+"""Keys that may be given without their section on a command line."""
 
 
 def load(path: str | None, overrides: Sequence[str] = (), preset: str | None = None) -> RunConfig:
@@ -81,6 +85,7 @@ def _merge(tree: dict[str, Any], more: Mapping[str, Any]) -> None:
 def _override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
     """Lay ``section.key=value`` over ``tree``."""
     key, equals, text = override.partition("=")
+    key = SHORT.get(key.strip(), key)
     names = [name.strip() for name in key.split(".")]
     if not equals or not all(names):
         problems.append(f"the argument {override!r} is not an override; write section.key=value")

@@ -10,19 +10,21 @@ CURVE = "loss.png"
 TIMELINE = "timeline.json"
 TIMELINE_PICTURE = "timeline.svg"
 TENSORBOARD = "tensorboard"
+PROFILE = "profile"
+COMMUNICATION = "communication"
 PREVIOUS = "previous"
 STOP, SAVE = "STOP", "SAVE"
 """Files that a person or a script makes in the folder of a run that is going on: it saves and stops, or saves."""
 
-RUN_FILES = (METRICS, EVENTS, LOG, CONFIG, TIMELINE, TENSORBOARD)
+RUN_FILES = (METRICS, EVENTS, LOG, CONFIG, TIMELINE, TENSORBOARD, PROFILE, COMMUNICATION)
 PICTURES = ("*.png", "*.svg")
 
 
 def archive_previous_run(out: Path) -> Path | None:
     """Moves an earlier run's files in `out` to `out/previous/N` (N counts up from 1) and returns that folder.
 
-    Metrics, events, log, resolved config, TensorBoard events and pictures move; checkpoints, exports, data and
-    everything else stay. Nothing is deleted. Returns None if there is nothing to move.
+    Metrics, events, logs, resolved config, TensorBoard events, profiles and pictures move; checkpoints, exports, data
+    and everything else stay. Nothing is deleted. Returns None if there is nothing to move.
     """
     found = [out / name for name in RUN_FILES if (out / name).exists()]
     found += [picture for pattern in PICTURES for picture in sorted(out.glob(pattern))]

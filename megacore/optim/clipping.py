@@ -173,6 +173,11 @@ def clear_unless(taken: Tensor, grads: list[Tensor]) -> None:
         if not taken:
             for grad in grads:
                 grad.zero_()
-        return
+    else:
+        clear_where(~taken, grads)
+
+
+def clear_where(skipped: Tensor, grads: list[Tensor]) -> None:
+    """Zeros where ``skipped`` (bool scalar on the device), which the host never reads."""
     for grad in grads:
-        grad.masked_fill_(~taken, 0.0)
+        grad.masked_fill_(skipped, 0.0)

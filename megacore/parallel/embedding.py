@@ -30,20 +30,22 @@ class _Lookup(Function):
         if whole:
             ctx.save_for_backward(local_t)
             return weight_vh[local_t]
-        ctx.save_for_backward(local_t[inside_t], inside_t)
-        out_th = weight_vh.new_zeros(token_t.shape[0], weight_vh.shape[1])
-        out_th[inside_t] = weight_vh[local_t[inside_t]]
-        return out_th
+        if not weight_vh.shape[0]:
+            ctx.save_for_backward(local_t[:0])
+            return weight_vh.new_zeros(token_t.shape[0], weight_vh.shape[1])
+        # other ranks' tokens take a row of ours that is then cleared: to leave them out, the host would have to wait
+        # for their number
+        row_t, outside_t1 = local_t.clamp(0, weight_vh.shape[0] - 1), ~inside_t[:, None]
+        ctx.save_for_backward(row_t, outside_t1)
+        return weight_vh[row_t].masked_fill_(outside_t1, 0.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_th: Tensor) -> tuple[None, Tensor | None, None, None, None]:
-        if ctx.whole:
-            (row_t,) = ctx.saved_tensors
-        else:
-            row_t, inside_t = ctx.saved_tensors
-            grad_th = grad_th[inside_t]
-        return None, ctx.wgrad.rows(ctx.weight, row_t, grad_th), None, None, None
+        row_t, *outside = ctx.saved_tensors
+        if outside:
+            grad_th = grad_th.masked_fill(outside[0], 0.0)
+        return None, ctx.wgrad.rows(ctx.weight, row_t, grad_th[: len(row_t)]), None, None, None
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -32,7 +32,10 @@ class Feed:
 
     def _to_device(self, batch: MicroBatch, training: bool) -> Inputs:
         def tensor(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).to(self.device, non_blocking=True)
+            host = torch.from_numpy(array)
+            if self.device.type == "cuda":  # from memory that may be swapped out, the host would wait for the device
+                host = host.pin_memory()
+            return host.to(self.device, non_blocking=True)
 
         return Inputs(
             token_bs=tensor(batch.tokens),

@@ -20,6 +20,7 @@ from megacore.train.keeping import Keeper
 from megacore.train.reporter import Reporter
 from megacore.train.step import StepResult
 from megacore.train.timing import StepClock
+from megacore.train.watching import Watching
 from megacore.train.wishes import Asked, Wishes
 
 
@@ -58,14 +59,16 @@ def run(
         if resumed is not None:
             keeper.check_data(resumed, data)
     keeper.prepare(tokenizer_files(config.data.tokenizer))
+    watching = Watching(built)
     reporter = Reporter.open(config, built.mesh, colour, width, resumed)
     try:
         reporter.start(built, data, phases, weights)
-        return Loop(built, data, reporter, keeper, wishes).run(start[0])
+        return Loop(built, data, reporter, keeper, wishes, watching).run(start[0])
     except BaseException as error:
         reporter.fault(error)
         raise
     finally:
+        watching.close()
         keeper.close()
         reporter.close()
 
@@ -86,9 +89,11 @@ class Late:
 class Loop:
     """Walks the steps of a built run."""
 
-    def __init__(self, built: Built, data: RunData, reporter: Reporter, keeper: Keeper, wishes: Wishes) -> None:
+    def __init__(
+        self, built: Built, data: RunData, reporter: Reporter, keeper: Keeper, wishes: Wishes, watching: Watching
+    ) -> None:
         self.built, self.data, self.reporter, self.keeper, self.config = built, data, reporter, keeper, built.config
-        self.wishes = wishes
+        self.wishes, self.watching = wishes, watching
         built.trainer.wishes = wishes.now
         self.late: Late | None = None
 
@@ -105,8 +110,10 @@ class Loop:
             clock = StepClock(self.built.mesh) if step == c.log.timeline_step else None
             marks = None if clock is None else clock.marks
             watched = self.due(c.log.statistics_every, step)
+            self.watching.begin(step)
             result = self.built.trainer.step(microbatches, batch.size * c.train.seq_len, lr, marks, watched)
             ended = Mark(device)
+            looked = self.watching.end(step, self.reporter)
             if clock is not None:
                 self.reporter.timeline(step, clock.read(self.built.trainer.plan(len(microbatches))))
             asked = self.flush()
@@ -126,7 +133,7 @@ class Loop:
             if stops and step < c.train.steps:
                 return self.stop(step)
             # a step lasts from the end of the one before, but for what is no training
-            began = Mark(device) if evaluates or samples or saves else ended
+            began = Mark(device) if evaluates or samples or saves or looked else ended
         self.flush()
         self.keeper.finish(self.reporter)
         self.reporter.finish()

@@ -1,0 +1,26 @@
+"""Rules of what looks on while steps are taken: profiles, ranges, logs of communication."""
+
+from collections.abc import Iterator
+
+from megacore.config.schema import RunConfig
+
+
+def watching_problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    """A line for each thing that cannot be done."""
+    log, steps = config.log, config.train.steps
+    profile = list(log.profile)
+    if profile and (len(profile) != 2 or not 1 <= profile[0] <= profile[1]):
+        yield f"log.profile={profile} must be the first and the last step to profile, such as [3, 4]"
+    elif profile and profile[1] > steps:
+        yield f"log.profile={profile} ends after the last step, train.steps={steps}; use steps up to {steps}"
+    ranks = list(log.profile_ranks)
+    if ranks and not profile:
+        yield f"log.profile_ranks={ranks} are of no use without log.profile; give the steps to profile"
+    if min(ranks, default=0) < 0 or len(set(ranks)) != len(ranks):
+        yield f"log.profile_ranks={ranks} must be ranks, each once"
+    elif world_size is not None and max(ranks, default=0) >= world_size:
+        yield f"log.profile_ranks={ranks} names ranks of {world_size}; they are 0 to {world_size - 1}"
+    if log.nvtx and config.train.device == "cpu":
+        yield "log.nvtx=true marks ranges for a GPU's tools, but train.device=cpu; use log.profile"
+    if log.communication > steps:
+        yield f"log.communication={log.communication} is more than train.steps={steps}; use at most {steps}"
