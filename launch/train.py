@@ -17,6 +17,7 @@ from megacore.config.resolve import resolve, smallest_world
 from megacore.config.schema import RunConfig
 from megacore.config.validate import check
 from megacore.exits import raised_by_us
+from megacore.launch.environment import capability_here, lines_of, prepare
 from megacore.launch.failures import Failure, describe
 from megacore.launch.processes import run_local
 from megacore.launch.restarts import MAX_RESTARTS, with_restarts
@@ -49,14 +50,15 @@ def main(argv: list[str] | None = None) -> int:
             print(show(config, world_size, args), end="")
         return 0
     colour, width = colour_wanted(sys.stdout), page_width()
+    remarks = lines_of(prepare(config, os.environ, capability_here()))  # before anything brings torch
     if info is None:
         limit = MAX_RESTARTS if args.max_restarts is None else args.max_restarts
 
         def attempt(config: RunConfig, tell: Callable[[Failure], None]) -> int:
-            return run_local(TARGET, (config, colour, width), world_size, tell=tell)
+            return run_local(TARGET, (config, colour, width, remarks), world_size, tell=tell)
 
         return with_restarts(config, attempt, limit)
-    return as_rank(TARGET, info, (config, colour, width))
+    return as_rank(TARGET, info, (config, colour, width, remarks))
 
 
 def requested(args: argparse.Namespace, info: RankInfo | None) -> tuple[RunConfig, int]:

@@ -1,5 +1,6 @@
 """A run from its first step to its last: the loop that everything else serves."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,15 +25,18 @@ from megacore.train.watching import Watching
 from megacore.train.wishes import Asked, Wishes
 
 
-def train(info: RankInfo, config: RunConfig, colour: bool = False, width: int = 100) -> int:
-    """Train ``config`` (checked and resolved) as rank ``info``; returns the exit code. Rank 0 speaks for all."""
+def train(
+    info: RankInfo, config: RunConfig, colour: bool = False, width: int = 100, remarks: Sequence[str] = ()
+) -> int:
+    """Train ``config`` (checked and resolved) as rank ``info``; returns the exit code. Rank 0 speaks for all, and says
+    the launcher's ``remarks`` at the start."""
     phases = Phases()
     with phases.time("join"):
         device = join(config, info)
     wishes = Wishes(Path(config.out), info.rank == 0, device)
     try:
         with wishes.listening():
-            return run(info, config, device, phases, colour, width, wishes)
+            return run(info, config, device, phases, colour, width, wishes, remarks)
     finally:
         process_group.stop()
 
@@ -45,6 +49,7 @@ def run(
     colour: bool,
     width: int,
     wishes: Wishes,
+    remarks: Sequence[str],
 ) -> int:
     """Build and walk the run; the exit code. A function of its own: all that holds a process group ends with it."""
     built = build(config, info, device, phases)
@@ -62,7 +67,7 @@ def run(
     watching = Watching(built)
     reporter = Reporter.open(config, built.mesh, colour, width, resumed)
     try:
-        reporter.start(built, data, phases, weights)
+        reporter.start(built, data, phases, weights, remarks)
         return Loop(built, data, reporter, keeper, wishes, watching).run(start[0])
     except BaseException as error:
         reporter.fault(error)

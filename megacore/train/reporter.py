@@ -101,9 +101,11 @@ class Reporter:
         agree(error, mesh.world)
         return cls(config, mesh, files, resumed)
 
-    def start(self, built: Built, data: RunData, phases: Phases, weights: str = "") -> None:
+    def start(
+        self, built: Built, data: RunData, phases: Phases, weights: str = "", remarks: Sequence[str] = ()
+    ) -> None:
         """Say what is about to run, and how long it took to get here; ``weights`` are what it begins with, if not
-        random ones."""
+        random ones, ``remarks`` lines of the launcher's."""
         self.flops_per_token = train_flops_per_token(built.spec, self.config.train.seq_len)
         resumed = self.resumed
         known = {} if resumed is None else {resumed.step: resumed.samples}
@@ -116,6 +118,8 @@ class Reporter:
         console.line("kernels  " + ", ".join(f"{choice.operation} ({choice.backend})" for choice in built.kernels))
         for line in built.kernel_reasons:
             console.line(f"         {line}")
+        for number, line in enumerate(remarks):
+            console.line(f"{'' if number else 'set':<7}  {line}")
         console.line()
         for line in phase_lines(phases, console.paint):
             console.line(line)
