@@ -27,7 +27,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
-constexpr std::int64_t kInterface = 4;  // as in megacore/kernels/native.py
+constexpr std::int64_t kInterface = 5;  // as in megacore/kernels/native.py
 constexpr std::int64_t kGrain = 1 << 15;  // elements that are worth a thread
 
 struct Named {
@@ -231,6 +231,25 @@ void swiglu_(Tensor x, std::optional<Tensor> grad, Tensor out, std::int64_t widt
     });
 }
 
+// See megacore/kernels/reference.py. logits, exp [t, v], target [t], largest [t], sums [3, t].
+void logit_statistics_(Tensor logits, Tensor target, Tensor largest, Tensor sums, Tensor exp, std::string isa) {
+    const std::int64_t rows = target.numel(), width = rows ? logits.numel() / rows : 0;
+    const Isa chosen = isa_named(isa);
+    check_rows(logits, rows * width, logits.scalar_type(), "logit_statistics_: logits");
+    check_rows(exp, rows * width, logits.scalar_type(), "logit_statistics_: exp");
+    check_rows(target, rows, ScalarType::Long, "logit_statistics_: target");
+    check_rows(largest, rows, ScalarType::Float, "logit_statistics_: largest");
+    check_rows(sums, 3 * rows, ScalarType::Float, "logit_statistics_: sums");
+    by_dtype(logits, [&](auto kind) {
+        using T = decltype(kind);
+        const megacore::Statistics<T> in{read<T>(logits), read<std::int64_t>(target), write<float>(largest),
+                                         write<float>(sums), write<T>(exp), width, rows};
+        torch::stable::parallel_for(0, rows, grain_of(width), [&](std::int64_t begin, std::int64_t end) {
+            megacore::statistics(chosen, in, begin, end);
+        });
+    });
+}
+
 // into [o, i], float32, += grad^T x of x [t, i] and grad [t, o].
 void wgrad_(Tensor into, Tensor x, Tensor grad) {
     STD_TORCH_CHECK(into.dim() == 2 && x.dim() == 2 && grad.dim() == 2 && x.size(0) == grad.size(0),
@@ -265,6 +284,9 @@ STABLE_TORCH_LIBRARY(megacore_cpu, m) {
         "rms_norm_backward_(Tensor grad, Tensor x, Tensor weight, Tensor inverse, Tensor(a!) grad_x, Tensor(b!) parts, "
         "float offset, str isa) -> ()");
     m.def("swiglu_(Tensor x, Tensor? grad, Tensor(a!) out, int width, str isa) -> ()");
+    m.def(
+        "logit_statistics_(Tensor logits, Tensor target, Tensor(a!) largest, Tensor(b!) sums, Tensor(c!) exp, str isa) "
+        "-> ()");
     m.def("wgrad_(Tensor(a!) into, Tensor x, Tensor grad) -> ()");
     m.def("wgrad_supported(bool narrow) -> bool");
     m.def("isas() -> str");
@@ -276,6 +298,7 @@ STABLE_TORCH_LIBRARY_IMPL(megacore_cpu, CPU, m) {
     m.impl("rms_norm_", TORCH_BOX(&rms_norm_));
     m.impl("rms_norm_backward_", TORCH_BOX(&rms_norm_backward_));
     m.impl("swiglu_", TORCH_BOX(&swiglu_));
+    m.impl("logit_statistics_", TORCH_BOX(&logit_statistics_));
     m.impl("wgrad_", TORCH_BOX(&wgrad_));
 }
 

@@ -1,4 +1,4 @@
-// The loops of RMSNorm and SwiGLU, written once and compiled for every instruction set.
+// The loops of RMSNorm, SwiGLU and logits, written once and compiled for every instruction set.
 //
 // A row is read again while it is still in cache, so each passes through memory once. Sums run in kLanes parts, which
 // vectors of any width can keep, and these are added in one order.
@@ -141,6 +141,48 @@ MEGACORE_INLINE void gated_rows_backward(const Gated<T>& in, std::int64_t begin,
     }
 }
 
+template <typename T>
+MEGACORE_INLINE void statistics_rows(const Statistics<T>& in, std::int64_t begin, std::int64_t end) {
+    const std::int64_t width = in.width;
+    for (std::int64_t row = begin; row < end; ++row) {
+        const T* __restrict__ logits = in.logits + row * width;
+        T* __restrict__ out = in.exp + row * width;
+        float lanes[kLanes], plain[kLanes] = {}, sums[kLanes] = {};
+        for (std::int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = -HUGE_VALF;
+        std::int64_t start = 0;
+        for (; start + kLanes <= width; start += kLanes) {
+            for (std::int64_t lane = 0; lane < kLanes; ++lane) {
+                const float x = load(logits[start + lane]);
+                lanes[lane] = x > lanes[lane] ? x : lanes[lane];
+                plain[lane] += x;
+            }
+        }
+        for (std::int64_t lane = 0; start + lane < width; ++lane) {
+            const float x = load(logits[start + lane]);
+            lanes[lane] = x > lanes[lane] ? x : lanes[lane];
+            plain[lane] += x;
+        }
+        float largest = -HUGE_VALF;
+        for (const float each : lanes) largest = each > largest ? each : largest;
+        for (start = 0; start + kLanes <= width; start += kLanes) {
+            float made[kLanes];
+            for (std::int64_t lane = 0; lane < kLanes; ++lane) made[lane] = exp_of(load(logits[start + lane]) - largest);
+            for (std::int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += made[lane];
+            for (std::int64_t lane = 0; lane < kLanes; ++lane) store(made[lane], out[start + lane]);
+        }
+        for (std::int64_t lane = 0; start + lane < width; ++lane) {
+            const float made = exp_of(load(logits[start + lane]) - largest);
+            sums[lane] += made;
+            store(made, out[start + lane]);
+        }
+        const std::int64_t target = in.target[row];
+        in.largest[row] = largest;
+        in.sums[row] = sum_of(sums);
+        in.sums[in.rows + row] = target >= 0 && target < width ? load(logits[target]) : 0.0f;
+        in.sums[2 * in.rows + row] = sum_of(plain);
+    }
+}
+
 }  // namespace
 
 #ifdef MEGACORE_X86
@@ -175,5 +217,6 @@ MEGACORE_DISPATCH(norm, norm_rows, Norm)
 MEGACORE_DISPATCH(norm_backward, norm_rows_backward, NormBackward)
 MEGACORE_DISPATCH(gated, gated_rows, Gated)
 MEGACORE_DISPATCH(gated_backward, gated_rows_backward, Gated)
+MEGACORE_DISPATCH(statistics, statistics_rows, Statistics)
 
 }  // namespace megacore

@@ -1,4 +1,4 @@
-// RMSNorm and SwiGLU over rows, forward and backward, in the widest vectors that the processor has.
+// RMSNorm, SwiGLU and the statistics of logits over rows, forward and backward, in the widest vectors that the processor has.
 #pragma once
 
 #include <cstdint>
@@ -40,6 +40,18 @@ struct Gated {
     std::int64_t width;
 };
 
+// Of rows of logits, `width` wide and not empty: the largest; the sums [3, rows] of exp(logit - largest), of the
+// target's logit (0 where it is no column) and of all; and the exponentials themselves.
+template <typename T>
+struct Statistics {
+    const T* logits;
+    const std::int64_t* target;
+    float* largest;
+    float* sums;
+    T* exp;
+    std::int64_t width, rows;
+};
+
 // Sums of a row have a fixed order, whatever the instruction set: all give the same bits.
 template <typename T>
 void norm(Isa isa, const Norm<T>& in, std::int64_t begin, std::int64_t end);
@@ -49,5 +61,7 @@ template <typename T>
 void gated(Isa isa, const Gated<T>& in, std::int64_t begin, std::int64_t end);
 template <typename T>
 void gated_backward(Isa isa, const Gated<T>& in, std::int64_t begin, std::int64_t end);
+template <typename T>
+void statistics(Isa isa, const Statistics<T>& in, std::int64_t begin, std::int64_t end);
 
 }  // namespace megacore

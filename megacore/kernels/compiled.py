@@ -1,4 +1,4 @@
-"""RMSNorm and SwiGLU by csrc/cpu: each row passes through memory once.
+"""RMSNorm, SwiGLU and the statistics of logits by csrc/cpu: each row passes through memory once.
 
 Sums have a fixed order: neither threads nor instruction sets change a bit. Computed in float32.
 """
@@ -67,6 +67,23 @@ class _Swiglu(torch.autograd.Function):
 def swiglu(x: Tensor) -> Tensor:
     """As ``reference.swiglu``."""
     return _Swiglu.apply(x)
+
+
+def rms_norm_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    """As ``reference.rms_norm_add``."""
+    total = x + residual
+    return rms_norm(total, weight, eps, offset), total
+
+
+@torch.no_grad()
+def logit_statistics(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``reference.logit_statistics``; an exponential below e^-87.3 is e^-87.3."""
+    rows = logits.contiguous()
+    largest = torch.full(rows.shape[:1], -torch.inf, dtype=torch.float32, device=rows.device)
+    sums, exp = largest.new_zeros(3, len(rows)), torch.empty_like(rows)
+    if rows.numel():
+        torch.ops.megacore_cpu.logit_statistics_(rows, target.contiguous(), largest, sums, exp, "")
+    return largest, sums, exp
 
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str:

@@ -1,5 +1,6 @@
 """Fused operations in PyTorch: they save less, and pass over memory fewer times, than their reference."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -111,6 +112,44 @@ def rms_norm_add(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """As ``reference.layer_norm``, by torch's own fused operation."""
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+def layer_norm_add(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As ``reference.layer_norm_add``."""
+    total = x + residual
+    return layer_norm(total, weight, bias, eps), total
+
+
+class _BiasGelu(torch.autograd.Function):
+    """Saves the sum only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        total = x + bias
+        ctx.save_for_backward(total)
+        ctx.of_bias = bias.dtype
+        return F.gelu(total, approximate="tanh")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        (total,) = ctx.saved_tensors
+        grad_x = torch.ops.aten.gelu_backward(grad, total, approximate="tanh")
+        wide = torch.promote_types(ctx.of_bias, torch.float32)
+        return grad_x, grad_x.flatten(0, -2).sum(0, dtype=wide).to(ctx.of_bias)
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """As ``reference.bias_gelu``."""
+    return _BiasGelu.apply(x, bias)
+
+
+def squares(tensors: Sequence[Tensor]) -> Tensor:
+    """As ``reference.squares``: summed in float32 at least, many tensors at once."""
+    if not tensors:
+        return torch.zeros(0, dtype=torch.float64)
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return torch.stack(torch._foreach_norm(list(tensors), 2, dtype)).to(torch.float64).square_()
 
 
 def attention(

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-INTERFACE = 4
+INTERFACE = 5
 """As in csrc/cpu/ops.cpp: raised with every change of what is called, so that a library of other sources is refused."""
 
 BUILD = "pip install --no-build-isolation -e . builds it"
@@ -27,7 +27,7 @@ def unavailable() -> str:
     operations = torch.ops.megacore_cpu
     if not hasattr(operations, "interface") or operations.interface() != INTERFACE:
         return f"{built[0].name} was built from other sources; {BUILD}"
-    for name in ("adamw_", "rms_norm_", "rms_norm_backward_", "swiglu_", "wgrad_"):
+    for name in ("adamw_", "rms_norm_", "rms_norm_backward_", "swiglu_", "logit_statistics_", "wgrad_"):
         # They only write into their arguments: there is nothing to say of results' shapes.
         torch.library.register_fake(f"megacore_cpu::{name}", lambda *arguments: None)
     register_flop_formula(operations.wgrad_)(_flops_of_wgrad)

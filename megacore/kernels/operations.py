@@ -131,6 +131,11 @@ def _layer_norms() -> Iterator[Arguments]:
         yield 2 + numbers(*shape), numbers(shape[-1]), numbers(shape[-1]), 1e-5
 
 
+def _layer_norms_of_sums() -> Iterator[Arguments]:
+    for x, *rest in _layer_norms():
+        yield x, numbers(*x.shape), *rest
+
+
 def _rotations() -> Iterator[Arguments]:
     for b, s, n, d in ((1, 1, 1, 2), (2, 5, 3, 6), (3, 4, 1, 10), (1, 0, 2, 4)):
         for angles in (1, b):
@@ -291,6 +296,10 @@ def _operations() -> Iterator[Operation]:
     yield Operation(
         "layer_norm", r.layer_norm, _layer_norms, lambda t, h: (numbers(t, h), numbers(h), numbers(h), 1e-5),
         (0, 1, 2), flops=norm,
+    )  # fmt: skip
+    yield Operation(
+        "layer_norm_add", r.layer_norm_add, _layer_norms_of_sums,
+        lambda t, h: (numbers(t, h), numbers(t, h), numbers(h), numbers(h), 1e-5), (0, 1, 2, 3), flops=norm,
     )  # fmt: skip
     yield Operation("rope", r.rope, _rotations, _turned, saved="nothing", flops=(3.0, 3.0))
     yield Operation("rope_interleaved", r.rope_interleaved, _rotations, _turned, saved="nothing", flops=(3.0, 3.0))

@@ -33,6 +33,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight + bias).to(x.dtype)
 
 
+def layer_norm_add(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As ``rms_norm_add``, with ``layer_norm``."""
+    total = x + residual
+    return layer_norm(total, weight, bias, eps), total
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first r dims of each head. x [b, s, n, d]; cos, sin [1 or b, s, 1, r/2].
 

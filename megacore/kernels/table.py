@@ -20,6 +20,7 @@ from megacore.kernels.choice import Choice as Choice
 from megacore.kernels.choice import Kernel as Kernel
 from megacore.kernels.choice import Later, reason_against
 from megacore.kernels.choice import first_willing as first_willing
+from megacore.kernels.cuda import library as cuda
 from megacore.kernels.linear import LinearKernel
 from megacore.kernels.triton import available as triton
 
@@ -33,15 +34,21 @@ class Kernels:
     linear: LinearKernel
     rms_norm: Function
     layer_norm: Function
+    rms_norm_add: Function
+    layer_norm_add: Function
     rope: Function
     swiglu: Function
     geglu: Function
     gelu: Function
     gelu_erf: Function
     relu2: Function
+    bias_gelu: Function
     attention: Function
     attention_dropout: Function
     attention_softcap: Function
+    logit_statistics: Function
+    squares: Function
+    quantise: Function
 
 
 def _widened(attend: Function) -> Function:
@@ -59,6 +66,10 @@ def _ours(module: str, name: str) -> Later:
     return Later(f"megacore.kernels.triton.{module}", name)
 
 
+def _cuda(name: str) -> Later:
+    return Later("megacore.kernels.cuda.operations", name)
+
+
 TABLE: tuple[Kernel, ...] = (
     Kernel("linear", "native", linear.NATIVE, linear.native_refuses),
     Kernel("linear", "onednn", linear.ONEDNN, linear.onednn_refuses),
@@ -68,29 +79,42 @@ TABLE: tuple[Kernel, ...] = (
     Kernel("rms_norm", "native", compiled.rms_norm, compiled.refuses),
     Kernel("rms_norm", "fused", fused.rms_norm),
     Kernel("rms_norm", "apex", apex.rms_norm, apex.refuses, by_default=False),
+    Kernel("rms_norm", "cuda", _cuda("rms_norm"), cuda.refuses, by_default=False),
     Kernel("rms_norm", "triton", _ours("norms", "rms_norm"), triton.refuses, by_default=False),
     Kernel("rms_norm", "reference", reference.rms_norm),
+    Kernel("rms_norm_add", "native", compiled.rms_norm_add, compiled.refuses),
     Kernel("rms_norm_add", "fused", fused.rms_norm_add),
+    Kernel("rms_norm_add", "cuda", _cuda("rms_norm_add"), cuda.refuses, by_default=False),
     Kernel("rms_norm_add", "triton", _ours("norms", "rms_norm_add"), triton.refuses, by_default=False),
     Kernel("rms_norm_add", "reference", reference.rms_norm_add),
     Kernel("layer_norm", "torch", fused.layer_norm),
     Kernel("layer_norm", "apex", apex.layer_norm, apex.refuses, by_default=False),
+    Kernel("layer_norm", "cuda", _cuda("layer_norm"), cuda.refuses, by_default=False),
     Kernel("layer_norm", "triton", _ours("norms", "layer_norm"), triton.refuses, by_default=False),
     Kernel("layer_norm", "reference", reference.layer_norm),
+    Kernel("layer_norm_add", "torch", fused.layer_norm_add),
+    Kernel("layer_norm_add", "cuda", _cuda("layer_norm_add"), cuda.refuses, by_default=False),
+    Kernel("layer_norm_add", "reference", reference.layer_norm_add),
     Kernel("rope", "fused", fused.rope),
+    Kernel("rope", "cuda", _cuda("rope"), cuda.refuses, by_default=False),
     Kernel("rope", "triton", _ours("rope", "rope"), triton.refuses, by_default=False),
     Kernel("rope", "reference", reference.rope),
+    Kernel("rope_interleaved", "cuda", _cuda("rope_interleaved"), cuda.refuses, by_default=False),
     Kernel("rope_interleaved", "triton", _ours("rope", "rope_interleaved"), triton.refuses, by_default=False),
     Kernel("rope_interleaved", "reference", reference.rope_interleaved),
     Kernel("swiglu", "native", compiled.swiglu, compiled.refuses),
     Kernel("swiglu", "fused", fused.swiglu),
+    Kernel("swiglu", "cuda", _cuda("swiglu"), cuda.refuses, by_default=False),
     Kernel("swiglu", "triton", _ours("activations", "swiglu"), triton.refuses, by_default=False),
     Kernel("swiglu", "reference", reference.swiglu),
+    Kernel("geglu", "cuda", _cuda("geglu"), cuda.refuses, by_default=False),
     Kernel("geglu", "triton", _ours("activations", "geglu"), triton.refuses, by_default=False),
     Kernel("geglu", "reference", reference.geglu),
     Kernel("gelu", "reference", reference.gelu),
     Kernel("gelu_erf", "reference", reference.gelu_erf),
     Kernel("relu2", "reference", reference.relu2),
+    Kernel("bias_gelu", "fused", fused.bias_gelu),
+    Kernel("bias_gelu", "cuda", _cuda("bias_gelu"), cuda.refuses, by_default=False),
     Kernel("bias_gelu", "triton", _ours("activations", "bias_gelu"), triton.refuses, by_default=False),
     Kernel("bias_gelu", "reference", reference.bias_gelu),
     Kernel("attention", "float32", _widened(fused.attention), linear.widened_refuses),
@@ -100,12 +124,18 @@ TABLE: tuple[Kernel, ...] = (
     Kernel("attention_dropout", "reference", reference.attention),
     Kernel("attention_softcap", "float32", _widened(reference.attention), linear.widened_refuses),
     Kernel("attention_softcap", "reference", reference.attention),
+    Kernel("softmax", "cuda", _cuda("softmax"), cuda.refuses, by_default=False),
     Kernel("softmax", "triton", _ours("softmax", "softmax"), triton.refuses, by_default=False),
     Kernel("softmax", "reference", reference.softmax),
+    Kernel("logit_statistics", "native", compiled.logit_statistics, compiled.refuses),
+    Kernel("logit_statistics", "cuda", _cuda("logit_statistics"), cuda.refuses, by_default=False),
     Kernel("logit_statistics", "triton", _ours("statistics", "logit_statistics"), triton.refuses, by_default=False),
     Kernel("logit_statistics", "reference", reference.logit_statistics),
+    Kernel("squares", "foreach", fused.squares),
+    Kernel("squares", "cuda", _cuda("squares"), cuda.refuses, by_default=False),
     Kernel("squares", "triton", _ours("squares", "squares"), triton.refuses, by_default=False),
     Kernel("squares", "reference", reference.squares),
+    Kernel("quantise", "cuda", _cuda("quantise"), cuda.refuses, by_default=False),
     Kernel("quantise", "triton", _ours("quantise", "quantise"), triton.refuses, by_default=False),
     Kernel("quantise", "reference", reference.quantise),
     *adamw.BACKENDS,
@@ -138,7 +168,8 @@ def explain(device: torch.device, dtype: torch.dtype, choices: Sequence[Choice])
     """A line for every choice: what was taken, and of each other backend why not. ``dtype`` is that of parameters."""
     lines = []
     for choice in choices:
-        others = [kernel for kernel in TABLE if kernel.operation == choice.operation]
+        rows = (*TABLE, transformer_engine.MODULES)
+        others = [kernel for kernel in rows if kernel.operation == choice.operation]
         taken = next((k for k in others if choice.backend in (k.backend, f"{k.backend} {_note(choice)}")), None)
         # an optimizer updates 16-bit parameters in float32
         numbers = torch.promote_types(dtype, torch.float32) if choice.operation == "adamw" else dtype
@@ -158,6 +189,7 @@ def packages() -> list[str]:
         "apex": apex.unavailable(),
         "triton": triton.unavailable(),
         "csrc/cpu": native.unavailable(),
+        "csrc/cuda": cuda.unavailable(),
     }
     return [f"{name}: {reason or 'found'}" for name, reason in reasons.items()]
 

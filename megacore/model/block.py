@@ -60,8 +60,8 @@ class Block(nn.Module):
 
     def compute(self, x_th: Tensor, shared: Shared) -> Tensor:
         """The block."""
-        attended_th = x_th + self.attended(x_th, shared)
-        return attended_th + self.fed(x_th if self.parallel else attended_th, shared)
+        attended_th, read_th = self.joined(x_th, shared)
+        return attended_th + self.fed(read_th, shared)
 
     def again(self, x_th: Tensor, save: Save, shared: Shared) -> None:
         """What ``compute`` saves for backward, without products whose results nobody needs: the last one and, where
@@ -69,13 +69,13 @@ class Block(nn.Module):
         if self.parallel and not self.post:
             save(self.attention.mixed(self.attention_norm(x_th), shared))
             self.drop(x_th, shared, self.attention_key)
+            read_th = self.mlp_norm(x_th)
         else:
-            attended_th = x_th + self.attended(x_th, shared)
-            x_th = x_th if self.parallel else attended_th
+            read_th = self.joined(x_th, shared)[1]
         if self.post:
-            self.fed(x_th, shared)
+            self.fed(read_th, shared)
         else:
-            save(self.mlp.widened(self.mlp_norm(x_th)))
+            save(self.mlp.widened(read_th))
             self.drop(x_th, shared, self.mlp_key)
 
     def attended(self, x_th: Tensor, shared: Shared) -> Tensor:
@@ -85,9 +85,19 @@ class Block(nn.Module):
             y_th = (self.attention_post_norm if self.pre else self.attention_norm)(y_th)
         return self.drop(y_th, shared, self.attention_key)
 
-    def fed(self, x_th: Tensor, shared: Shared) -> Tensor:
+    def joined(self, x_th: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
+        """The residual stream behind attention, and what the MLP reads."""
+        y_th = self.attended(x_th, shared)
+        if self.pre and not self.parallel:
+            read_th, attended_th = self.mlp_norm.added(y_th, x_th)
+            return attended_th, read_th
+        attended_th = x_th + y_th
+        read_th = x_th if self.parallel else attended_th
+        return attended_th, self.mlp_norm(read_th) if self.pre else read_th
+
+    def fed(self, read_th: Tensor, shared: Shared) -> Tensor:
         """What the MLP adds to the residual stream."""
-        y_th = self.mlp(self.mlp_norm(x_th) if self.pre else x_th)
+        y_th = self.mlp(read_th)
         if self.post:
             y_th = (self.mlp_post_norm if self.pre else self.mlp_norm)(y_th)
         return self.drop(y_th, shared, self.mlp_key)

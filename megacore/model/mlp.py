@@ -31,5 +31,6 @@ class MLP(nn.Module):
         """What goes into the last product, [t, f]."""
         wide = self.get_submodule(self.name)
         if self.bias_gelu is not None:
+            assert isinstance(wide, ColumnParallelLinear)
             return self.bias_gelu(wide.product(x_th), wide.bias)
         return self.activate(wide(x_th))

@@ -106,7 +106,7 @@ class Stage(nn.Module):
         super().__init__()
         self.model, self.tp, self.objective, self.first, self.last = model, tp, objective, first, last
         rows = make.specs[TIED].pieces(tp.group.rank, tp.group.size)
-        self.vocab = Vocabulary(model.vocab_size, vocab_piece(rows))
+        self.vocab = Vocabulary(model.vocab_size, vocab_piece(rows), kernels.logit_statistics)
         self.dtype, self.device = make.dtype, make.device
         if first:
             self.embedding = Embedding(model, make.below("embedding"), self.vocab, tp, make.seed)

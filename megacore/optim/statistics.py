@@ -13,7 +13,7 @@ from torch import Tensor
 from megacore.mesh.collectives import all_reduce
 from megacore.mesh.mesh import ParallelMesh
 from megacore.optim.clipping import Clipped
-from megacore.optim.norm import GlobalNorm, sums_of_squares
+from megacore.optim.norm import GlobalNorm
 from megacore.spec import ParamSpec
 
 PARTS = ("embedding", "attention", "mlp", "norms", "head")
@@ -88,7 +88,7 @@ class Watch:
 
     def _squares(self, tensors: Sequence[Tensor]) -> Tensor:
         """[num_parts], of what counts here."""
-        return sums_of_squares(self.counted.of(tensors), self.part_of_counted, len(self.parts))
+        return self.norm.sums(self.counted.of(tensors), self.part_of_counted, len(self.parts))
 
     def _sum(self, local: Tensor) -> Tensor:
         """Over all ranks, of which several hold the same where state is not shared among all."""

@@ -19,6 +19,7 @@ are still in cache; and all microbatches use one piece of memory, the largest a 
 memory has 16 bits, while every chunk is computed in float32, and so are all sums and the loss.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from megacore.data.documents import IGNORE
+from megacore.kernels.reference import logit_statistics
 from megacore.layout.partition import Piece
 from megacore.mesh.collectives import all_gather, all_gather_start, all_reduce, all_reduce_start, reduce_scatter_start
 from megacore.parallel.tensor import TensorParallel
@@ -39,11 +41,12 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The whole vocabulary's size, the rows that this rank holds (None: there are more ranks than rows), and memory
-    for logits that is not in use."""
+    """The whole vocabulary's size, the rows that this rank holds (None: there are more ranks than rows), what takes
+    the statistics of logits (as in ``kernels.reference``), and memory for logits that is not in use."""
 
     size: int
     piece: Piece | None
+    statistics: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = logit_statistics
     spare: list[Tensor] = field(default_factory=list, repr=False)
 
     @property
@@ -77,9 +80,10 @@ class _LinearCrossEntropy(Function):
         whole_th = all_gather(x_th, tp.group) if tp.sequence else x_th
         local_t = label_t - vocab.first_row
         inside_t = (local_t >= 0) & (local_t < weight_vh.shape[0])
-        local_t = local_t.clamp(0, max(weight_vh.shape[0] - 1, 0))
         exp_tv = vocab.take(len(whole_th), weight_vh)
-        own_max_t, parts = _exponentials(exp_tv, whole_th, weight_vh, local_t, inside_t, tp, smoothing > 0, softcap)
+        own_max_t, parts = _exponentials(exp_tv, whole_th, weight_vh, local_t, vocab, tp, softcap)
+        parts = parts if smoothing else parts[:2].clone()
+        local_t = local_t.clamp(0, max(weight_vh.shape[0] - 1, 0))
         caps = (own_max_t, parts[1].clone()) if softcap else ()
         max_t = all_reduce(own_max_t.clone(), tp.group, "max")
         # a rank without rows has -inf as its own maximum, and exp(-inf - max) = 0 is its weight
@@ -149,32 +153,25 @@ def _exponentials(
     x_th: Tensor,
     weight_vh: Tensor,
     local_t: Tensor,
-    inside_t: Tensor,
+    vocab: Vocabulary,
     tp: TensorParallel,
-    want_sum: bool,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """Fill exp [t, v] with exp(logit - own max).
 
-    Returns own max [t] and parts [2 or 3, t]: the sum of exp, the target's logit, the sum of logits.
+    Returns own max [t] and parts [3, t]: the sum of exp, the target's logit (0 where it is elsewhere), the sum of
+    logits.
     """
     dtype = torch.promote_types(x_th.dtype, torch.float32)
-    parts = x_th.new_zeros(3 if want_sum else 2, len(x_th), dtype=dtype)
+    parts = x_th.new_zeros(3, len(x_th), dtype=dtype)
     own_max_t = x_th.new_full((len(x_th),), -torch.inf, dtype=dtype)
     if not exp_tv.shape[1]:
         return own_max_t, parts
     for rows in _chunks(exp_tv):
-        logits = tp.linear.forward(x_th[rows], weight_vh).to(dtype)
+        logits = tp.linear.forward(x_th[rows], weight_vh)
         if softcap:
-            logits.div_(softcap).tanh_().mul_(softcap)
-        parts[1, rows] = logits.gather(1, local_t[rows, None]).squeeze(1) * inside_t[rows]
-        if want_sum:
-            parts[2, rows] = logits.sum(1)
-        own_max_t[rows] = logits.amax(1)
-        chunk = torch.sub(logits, own_max_t[rows, None], out=exp_tv[rows] if exp_tv.dtype == dtype else logits).exp_()
-        parts[0, rows] = chunk.sum(1)
-        if exp_tv.dtype != dtype:
-            exp_tv[rows] = chunk
+            logits = logits.to(dtype).div_(softcap).tanh_().mul_(softcap)
+        own_max_t[rows], parts[:, rows], exp_tv[rows] = vocab.statistics(logits, local_t[rows])
     return own_max_t, parts
 
 

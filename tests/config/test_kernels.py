@@ -43,8 +43,9 @@ def test_what_would_not_be_called_is_refused() -> None:
 
 def test_models_call_what_their_features_need() -> None:
     model = RunConfig().model
-    assert operations_of(load(None, ["model.family=llama"]).model) >= {"rms_norm", "swiglu", "rope", "attention"}
-    assert operations_of(load(None, ["model.family=gpt2"]).model) >= {"layer_norm", "gelu", "linear"}
+    assert operations_of(load(None, ["model.family=llama"]).model) >= {"rms_norm", "rms_norm_add", "swiglu", "rope"}
+    assert operations_of(load(None, ["model.family=gpt2"]).model) >= {"layer_norm", "bias_gelu", "squares", "linear"}
+    assert operations_of(model, "delayed") - operations_of(model, "block") == {"quantise"}
     assert "attention_softcap" in operations_of(load(None, ["model.family=gemma2"]).model)
     assert isinstance(operations_of(model), frozenset)
 

@@ -34,7 +34,9 @@ def everything(width: int, dtype: torch.dtype, isa: str) -> list[Tensor]:
     both, gated, grad_both = torch.cat((3 * x, grad), 1), torch.empty_like(x), torch.empty(70, 2 * width, dtype=dtype)
     ops.swiglu_(both, None, gated, width, isa)
     ops.swiglu_(both, grad, grad_both, width, isa)
-    return [y, inverse, grad_x, parts, gated, grad_both]
+    largest, sums, exp, target = torch.empty(70), torch.empty(3, 70), torch.empty_like(x), torch.arange(70) - 3
+    ops.logit_statistics_(5 * x, target, largest, sums, exp, isa)
+    return [y, inverse, grad_x, parts, gated, grad_both, largest, sums, exp]
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
@@ -68,6 +70,7 @@ def test_what_is_not_a_number_stays_one() -> None:
     assert got.isnan()[:2].all() and got[2, 0] == torch.inf
     assert compiled.rms_norm(x, torch.ones(2), 1e-5)[:2].isnan().all()
     assert compiled.swiglu(x.bfloat16()).isnan()[:2].all()
+    assert compiled.logit_statistics(x, torch.zeros(4, dtype=torch.int64))[1][0, :2].isnan().all()
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 31, 32, 33, 5000])

@@ -64,7 +64,8 @@ def amax_of(x: Tensor) -> Tensor:
     """The largest absolute value, a float32 scalar: 0 of an empty tensor, nan if there is one."""
     if not x.numel():
         return torch.zeros((), dtype=torch.float32, device=x.device)
-    return x.detach().abs().amax().float()
+    least, largest = torch.aminmax(x.detach())
+    return torch.maximum(-least, largest).float()
 
 
 def amax_of_blocks(x: Tensor, block: tuple[int, int]) -> Tensor:
@@ -87,11 +88,6 @@ def encode(x: Tensor, scale: Tensor, kind: Format) -> Tensor:
     wide = x.float()
     codes = (wide * scale).clamp_(-kind.largest, kind.largest)
     return codes.add_(wide - wide).to(kind.dtype)  # nan of what is not finite, 0 of all else
-
-
-def quantise(x: Tensor, scale: Tensor, kind: Format) -> Scaled:
-    """A matrix with one scale, a float32 scalar."""
-    return Scaled(encode(x, scale, kind).contiguous(), 1 / scale)
 
 
 def quantise_blocks(x: Tensor, kind: Format, block: tuple[int, int]) -> Scaled:

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megacore.kernels import reference
 from megacore.kernels.fp8.formats import (
     E4M3,
     E5M2,
@@ -26,7 +27,6 @@ from megacore.kernels.fp8.formats import (
     Format,
     Scaled,
     amax_of,
-    quantise,
     quantise_blocks,
     scale_of,
 )
@@ -45,6 +45,16 @@ def format_of(role: Role) -> Format:
     return E5M2 if role is Role.GRADIENT else E4M3
 
 
+Quantise = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+"""As ``kernels.reference.quantise``."""
+
+
+def quantised(kernel: Quantise, x: Tensor, scale: Tensor, role: Role) -> Scaled:
+    """A matrix with one scale, a float32 scalar. (What a kernel says of the largest element is known already, since
+    the scale may depend on it.)"""
+    return Scaled(kernel(x, scale, role is Role.GRADIENT)[0].contiguous(), 1 / scale)
+
+
 class Recipe(Protocol):
     """Brings operands of layer number ``layer`` into FP8: x [m, k] itself (``rows``) or transposed (``columns``).
     Where a tensor has ``one_scale``, both have the same codes."""
@@ -57,18 +67,24 @@ class Recipe(Protocol):
 
 
 class Current:
-    """One scale per tensor, of the tensor itself."""
+    """One scale per tensor, of the tensor itself; ``kernel`` makes the codes."""
 
     one_scale = True
 
+    def __init__(self, kernel: Quantise = reference.quantise) -> None:
+        self.kernel = kernel
+
     def rows(self, x: Tensor, role: Role, layer: int) -> Scaled:
         """[m, k]."""
-        kind = format_of(role)
-        return quantise(x, scale_of(amax_of(x), kind), kind)
+        return quantised(self.kernel, x, scale_of(amax_of(x), format_of(role)), role)
 
     def columns(self, x: Tensor, role: Role, layer: int) -> Scaled:
         """[k, m]: the very same numbers."""
         return self.rows(x, role, layer).t()
+
+    def scales_of_weights(self, layers: Tensor, largest: Tensor) -> Tensor:
+        """What ``rows`` takes for the weights of ``layers`` [n], of which only the largest elements are known."""
+        return scale_of(largest, E4M3)
 
 
 class Blocks:
@@ -92,13 +108,20 @@ class Delayed:
 
     Within a step nothing changes: microbatches, recomputation and put-off weight gradients all meet the same scales.
     ``history`` [layer, step, role], the newest step first, is that of the whole model on every rank: float32, 0 where
-    nothing is known. ``seen`` [layer, role] is what this step adds to it.
+    nothing is known. ``seen`` [layer, role] is what this step adds to it. ``kernel`` makes the codes.
     """
 
     one_scale = True
 
-    def __init__(self, num_layers: int, length: int, margin: int, device: torch.device) -> None:
-        self.margin = margin
+    def __init__(
+        self,
+        num_layers: int,
+        length: int,
+        margin: int,
+        device: torch.device,
+        kernel: Quantise = reference.quantise,
+    ) -> None:
+        self.margin, self.kernel = margin, kernel
         self.history = torch.zeros(num_layers, length, len(Role), device=device)
         self.seen = torch.zeros(num_layers, len(Role), device=device)
         self.records = False
@@ -107,16 +130,23 @@ class Delayed:
 
     def rows(self, x: Tensor, role: Role, layer: int) -> Scaled:
         """[m, k]."""
-        amax, kind = amax_of(x), format_of(role)
+        amax = amax_of(x)
         if self.records or role is Role.WEIGHT:
             seen = self.seen[layer, role]
             torch.maximum(seen, amax, out=seen)
         known = self.known[layer, role]
-        return quantise(x, scale_of(torch.where(known > 0, known, amax), kind, self.margin), kind)
+        scale = scale_of(torch.where(known > 0, known, amax), format_of(role), self.margin)
+        return quantised(self.kernel, x, scale, role)
 
     def columns(self, x: Tensor, role: Role, layer: int) -> Scaled:
         """[k, m]: the very same numbers."""
         return self.rows(x, role, layer).t()
+
+    def scales_of_weights(self, layers: Tensor, largest: Tensor) -> Tensor:
+        """What ``rows`` takes for the weights of ``layers`` [n], of which only the largest elements are known."""
+        self.seen[layers, Role.WEIGHT] = torch.maximum(self.seen[layers, Role.WEIGHT], largest)
+        known = self.known[layers, Role.WEIGHT]
+        return scale_of(torch.where(known > 0, known, largest), E4M3, self.margin)
 
     def advance(self, over_ranks: Callable[[Tensor], Tensor]) -> None:
         """At the end of a step what all ranks have seen becomes history; ``over_ranks`` takes the largest of each
