@@ -25,6 +25,12 @@ def main(argv: list[str] | None = None) -> int:
     from megacore.bench.report import machine
 
     on = machine()
+    if arguments.benchmark == "layouts":  # keeps what it found as it goes, and draws it beside predictions
+        from megacore.bench.layouts_command import run
+
+        text, code = run(arguments, on)
+        print(text)
+        return code
     found = arguments.measure(arguments)
     report = import_module(arguments.report)
     if arguments.output:
@@ -41,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megacore bench", description=__doc__.partition(": ")[2])
     parser.set_defaults(report="megacore.bench.report", found="comparisons")
     groups = parser.add_subparsers(
-        dest="benchmark", required=True, metavar="{data,train,pipeline,zero,bubble,optim,kernels,checkpoint,convert}"
+        dest="benchmark",
+        required=True,
+        metavar="{layouts,calibrate,data,train,pipeline,zero,bubble,optim,kernels,checkpoint,convert}",
     )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -53,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
 
     add_files(groups, common, cases, keys)
     add_steps(groups, common, cases, keys)
+    add_layouts(groups)
     return parser
 
 
@@ -128,6 +137,40 @@ def add_steps(groups: Any, common: Any, cases: Any, keys: Any) -> None:
     kernels.add_argument("--hidden", type=int, default=0, metavar="N", help="default 2048; on CUDA 4096")
     kernels.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes its time")
     kernels.set_defaults(measure=measure_kernels, report="megacore.bench.kernels_report", found="cases")
+
+
+def add_layouts(groups: Any) -> None:
+    """Whole runs, one layout after the other."""
+    layouts = groups.add_parser(
+        "layouts",
+        help="a run in many layouts, each for a few steps, beside the planner's predictions; goes on where it stopped",
+    )
+    layouts.add_argument("run", nargs="?", metavar="RUN.toml", help="the run file; without data, tokens are made up")
+    layouts.add_argument("overrides", nargs="*", metavar="key=value", help="keys that win over the file's")
+    layouts.add_argument("--preset", metavar="NAME", help="start from a known model")
+    layouts.add_argument(
+        "--layouts", metavar="LIST", help='such as "tp=2;pp=2,zero=0;dp=2,zero=3"; default: legal ones'
+    )
+    layouts.add_argument("--max-ranks", type=int, default=4, metavar="N", help="of legal layouts (default 4)")
+    layouts.add_argument(
+        "--choose",
+        choices=("sizes", "pairs", "all"),
+        default="sizes",
+        help="of legal layouts: all sizes of tp, pp and dp with the run's other keys (default), layouts in which every "
+        "pair of values occurs, or all of them",
+    )
+    layouts.add_argument("--rounds", type=int, default=3, help="turns that every layout gets (default 3)")
+    layouts.add_argument("--steps", type=int, default=8, help="counted steps of each (default 8), behind 2 others")
+    layouts.add_argument("--limit", type=float, default=300.0, metavar="S", help="seconds for each (default 300)")
+    layouts.add_argument("--machine", metavar="NAME|FILE", help="predict with this machine, such as calibrate's file")
+    layouts.add_argument(
+        "--launcher",
+        default="",
+        metavar="WORDS",
+        help='what starts ranks, such as "srun -n {nproc} python -m megacore" (default: local processes)',
+    )
+    layouts.add_argument("--output", required=True, metavar="FOLDER", help="results, also those of an earlier start")
+    layouts.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def measure_data(arguments: argparse.Namespace) -> list["Comparison"]:

@@ -23,7 +23,7 @@ def legal_layouts(run: RunConfig, max_ranks: int) -> list[ParallelConfig]:
     """All layouts of at most ``max_ranks`` ranks in which the run can be trained, except `ONE`."""
     schedules, recomputes = _choices("schedule"), _choices("recompute")
     layouts = []
-    for sizes in _sizes(run, max_ranks):
+    for sizes in sizes_of(run, max_ranks):
         ways = [way for way in product(schedules, CHUNKS) if _fits(run, _with(sizes, *way))]
         for way, (sequence, regather), recompute in product(ways, SEQUENCE[: 3 if sizes.tp > 1 else 1], recomputes):
             layout = replace(
@@ -37,7 +37,7 @@ def legal_layouts(run: RunConfig, max_ranks: int) -> list[ParallelConfig]:
     return layouts
 
 
-def _sizes(run: RunConfig, max_ranks: int) -> Iterator[ParallelConfig]:
+def sizes_of(run: RunConfig, max_ranks: int) -> Iterator[ParallelConfig]:
     """The legal combinations of tp, pp and dp. The dp sizes divide one of them: the batch must suit all."""
     counts = range(1, max_ranks + 1)
     dps = [dp for dp in counts if _fits(run, replace(ONE, dp=dp))]

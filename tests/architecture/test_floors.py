@@ -44,7 +44,7 @@ NEIGHBOURS = {
     "cost": {"config", "layout", "spec", "schedule"},
     "train": {"monitor", "generate"},
     "verify": {"train", "monitor"},
-    "bench": {"train", "monitor"},
+    "bench": {"train", "monitor", "verify"},
     "corpora": {"monitor"},
     "demo": {"monitor", "verify"},
     "tools": {"launch"},

@@ -1,0 +1,77 @@
+"""The course of `megacore bench layouts`: trials, sweep, predictions, table and files."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megacore.bench.layout_trials import How, Results, Trial, as_timed, key_of, run_trial, sweep, trials_of
+from megacore.bench.layouts import as_dict, collect, compare, made_up_data, table, write
+from megacore.config.load import load
+from megacore.config.resolve import resolve
+from megacore.config.schema import RunConfig
+
+
+def run(arguments: argparse.Namespace, machine: Mapping[str, object]) -> tuple[str, int]:
+    """Sweep, then write what is known: what to print, and the exit code, which is 1 if no layout succeeded."""
+    config = requested(arguments)
+    folder = Path(arguments.output)
+    trials = trials_of(config, arguments.layouts, arguments.choose, arguments.max_ranks)
+    predicted = predict(trials, arguments.machine)  # first: what cannot be predicted is told before anything runs
+    results = Results(folder / "layouts.jsonl", key_of(config), {"machine": dict(machine)})
+    how = How(folder, arguments.steps, arguments.limit, arguments.launcher)
+    sweep(trials, arguments.rounds, results, lambda trial, number: run_trial(how, trial, number), sys.stderr.write)
+    found = collect(trials, results, predicted)
+    about = {"machine": dict(machine), "predicted_with": arguments.machine or ""}
+    write(folder, found, about)
+    code = 0 if any(one.status == "ok" for one in found) else 1
+    if not arguments.json:
+        return table(found), code
+    ranking = compare(found)
+    rows = [as_dict(one) for one in found]
+    return json.dumps({**about, "ranking": None if ranking is None else vars(ranking), "layouts": rows}, indent=1), code
+
+
+def requested(arguments: argparse.Namespace) -> RunConfig:
+    """The run to be laid out. Raises ValueError for what cannot be."""
+    for name in ("rounds", "steps", "max_ranks"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}={getattr(arguments, name)} must be at least 1")
+    if arguments.limit <= 0:
+        raise ValueError(f"--limit={arguments.limit:g} must be more than 0 seconds")
+    if arguments.launcher and "{nproc}" not in arguments.launcher:
+        raise ValueError(
+            f"--launcher={arguments.launcher!r} does not say where the number of ranks goes; write {{nproc}} there, as "
+            'in "srun -n {nproc} python -m megacore"'
+        )
+    if arguments.run and "=" in arguments.run:  # only overrides were given
+        arguments.overrides.insert(0, arguments.run)
+        arguments.run = None
+    if "=" in arguments.output:
+        raise ValueError(f"--output={arguments.output} has a = in it, which run files' paths must not; name another")
+    if not arguments.run and not arguments.preset:
+        raise ValueError("megacore bench layouts needs a run file or --preset NAME (`megacore presets` lists them)")
+    config = as_timed(load(arguments.run, arguments.overrides, arguments.preset), arguments.steps)
+    if config.data.blend:
+        return config
+    blend = ((1.0, str(Path(made_up_data(config, Path(arguments.output), config.train.steps)).resolve())),)
+    return replace(config, data=replace(config.data, blend=blend, split=(1.0, 0.0, 0.0)))
+
+
+def predict(trials: Sequence[Trial], machine: str | None) -> dict[str, float]:
+    """Seconds of a step by layout, as the planner has them; nothing without a machine. Raises ValueError for one that
+    is not known."""
+    if not machine:
+        return {}
+    from megacore.cost.estimate import estimate
+    from megacore.cost.machine import find_machine
+
+    on = find_machine(machine)
+    return {trial.text: estimate(resolved(trial), trial.num_ranks, on).step.seconds for trial in trials}
+
+
+def resolved(trial: Trial) -> RunConfig:
+    """The run as the planner takes it."""
+    return resolve(trial.config, trial.num_ranks)
