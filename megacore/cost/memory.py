@@ -11,30 +11,39 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from megacore.config.resolve import window_of
-from megacore.config.schema import ModelConfig, OptimConfig, PrecisionConfig, RunConfig
+from megacore.config.schema import ModelConfig, RunConfig
 from megacore.cost.live import Live, live_of_kind
-from megacore.cost.practice import Practice
+from megacore.cost.practice import OURS, Practice
+from megacore.cost.states import Cut, Unit, UnitSizes, kinds_of, layers_of, sizes_of
 from megacore.layout.layout import Layout
 from megacore.layout.policy import ShardingPolicy
-from megacore.spec.activations import activation_bytes, host_activation_bytes, late_bytes
-from megacore.spec.memory import ITEM_BYTES, StateBytes, state_bytes
-from megacore.spec.model import ModelSpec, is_mixture
-from megacore.spec.params import ParamSpec
-from megacore.spec.stages import layers_of_stages
+from megacore.spec.activations import (
+    STATISTIC_BYTES,
+    activation_bytes,
+    host_activation_bytes,
+    late_bytes,
+    working_bytes,
+)
+from megacore.spec.fp8 import fp8_history_bytes
+from megacore.spec.memory import ITEM_BYTES
 
-GIB = 1 << 30
 CHUNK_LOGITS = 1 << 20
 """Logits that the loss makes at once: ``parallel.cross_entropy.CHUNK``."""
+HEAD_BYTES = 40
+"""Of a token: what the loss keeps of it besides logits."""
 UNITS_OF_GRADS = 3
-"""Units whose whole gradients are there at once under ZeRO-2 and 3: one in backward, two that are being summed."""
+"""Units whose whole gradients are there at once under ZeRO-2 and 3: one in backward, two that are being summed
+(``sharding.storage.UNDER_WAY``)."""
 UNITS_OF_PARAMS = 2
 """Units whose whole parameters are there at once under ZeRO-3: the one at work and the next."""
 MESSAGES = 4
-"""Parcels on their way: two that leave, two that come."""
-BYTES_PER_TOKEN = 16
+"""Parcels on their way: two that leave (``pipeline.mailbox.WINDOW``), two that come."""
+INPUT_BYTES = 16
 """A token and its label."""
+
+Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -67,213 +76,149 @@ class RankMemory:
         return self.reserved + self.context
 
 
-class Cut(NamedTuple):
-    """How a parameter's state is dealt out."""
-
-    tp: int
-    ep: int
-    etp: int
-    zero: int
-    shards: int
-    expert_shards: int
-
-
-class Sizes(NamedTuple):
-    """Of what one rank has of a unit: elements of parameters, what of them multiplies in FP8, and bytes of state."""
-
-    numel: int
-    in_fp8: int
-    state: StateBytes
-
-
-Unit = tuple[str, int]
-"""("embedding", 0), ("block", a layer that stands for all like it), ("head", 0), ("tied", 0)."""
-
-
-def memory_by_rank(config: RunConfig, layout: Layout, practice: Practice = Practice()) -> tuple[RankMemory, ...]:
+def memory_by_rank(config: RunConfig, layout: Layout, practice: Practice = OURS) -> tuple[RankMemory, ...]:
     """What each pipeline rank of a resolved run needs at its worst moment. Raises ValueError where the layers cannot be
     cut into the layout's stages."""
-    pricing = _Pricing(config, layout, practice)
     t = config.train
     microbatches = max(1, t.global_batch_size // (t.micro_batch_size * layout.dp))
     lives = live_of_kind(config.parallel.schedule, layout.pp, microbatches, layout.chunks)
-    return tuple(pricing.rank(live, microbatches) for live in lives)
+    prices = _Prices(config, layout, practice)
+    return tuple(prices.of_rank(live, microbatches) for live in lives)
 
 
-@dataclass(frozen=True)
-class _Pricing:
-    """One layout's prices."""
+class _Waiting(NamedTuple):
+    """Bytes of one microbatch in one block: what waits for backward, for weight gradients, in host memory; and what it
+    takes more while it goes through backward."""
 
-    config: RunConfig
-    layout: Layout
-    practice: Practice
+    kept: int
+    late: int
+    host: int
+    working: int
 
-    def rank(self, live: Live, microbatches: int) -> RankMemory:
-        units = self.units_of(live.stages)
-        state = [(self.sizes(unit).state, count) for unit, count in units.items()]
-        params, grads, optimizer, host = (
-            sum(getattr(one, name) * count for one, count in state) for name in ("params", "grads", "optimizer", "host")
-        )
-        activations = self.activations(live) + self.working(units)
-        buffers = self.buffers(live, units, microbatches)
-        waste = int(self.practice.waste * (activations + buffers))
-        context = int(self.practice.context_gb * 1e9)
-        return RankMemory(
-            params, grads, optimizer, activations, buffers, waste, context, host + self.host_activations(live)
-        )
 
-    @property
-    def item(self) -> int:
-        return ITEM_BYTES[self.config.precision.dtype]
+class _Prices:
+    """What the units of one layout cost: looked up once, then summed for each pipeline rank."""
 
-    @property
-    def num_stages(self) -> int:
-        return self.layout.num_stages
+    def __init__(self, config: RunConfig, layout: Layout, practice: Practice) -> None:
+        self.config, self.layout, self.practice = config, layout, practice
+        model, t, p = config.model, config.train, config.parallel
+        self.item = ITEM_BYTES[config.precision.dtype]
+        self.tokens = t.micro_batch_size * t.seq_len // layout.cp
+        outside = self.tokens // layout.tp if p.sequence_parallel else self.tokens
+        self.parcel = outside * model.hidden_size * self.item
+        """What a stage hands to the next."""
+        kinds = kinds_of(model, config.optim, config.precision)
+        self.kinds, self.counts = _counts_of(kinds, layers_of(model, t.seq_len, layout.num_stages, p.stage_layers))
+        shards = layout.dp_shard * (layout.cp if practice.shards_over_cp else 1)
+        self.cut = Cut(layout.tp, layout.ep, layout.etp, layout.zero, shards, max(1, layout.edp // layout.dp_replicate))
+        block = (
+            t.seq_len, t.micro_batch_size, layout.tp, p.sequence_parallel, p.recompute, self.item, p.regather_inputs,
+            layout.zero >= 2, layout.cp, layout.etp, practice.attention,
+        )  # fmt: skip
+        waiting = [_waiting(model, kind, *block) for kind in self.kinds]
+        columns = [np.array(column, dtype=np.int64) for column in zip(*waiting, strict=True)]
+        self.kept, self.late, self.host = (self.counts @ column for column in columns[:3])
+        self.working = columns[3]
 
-    @property
-    def tokens(self) -> int:
-        """Of a microbatch on one rank, inside the matrices."""
-        t = self.config.train
-        return t.micro_batch_size * t.seq_len // self.layout.cp
-
-    @property
-    def boundary(self) -> int:
-        """Bytes that a stage hands on."""
-        split = self.layout.tp if self.config.parallel.sequence_parallel else 1
-        return self.tokens // split * self.config.model.hidden_size * self.item
-
-    def units_of(self, stages: tuple[int, ...]) -> dict[Unit, int]:
-        """How many units of each kind lie on a rank."""
-        config, last = self.config, self.num_stages - 1
-        of_stages = _kinds_of_stages(config.model, config.train.seq_len, self.num_stages, config.parallel.stage_layers)
-        units: dict[Unit, int] = {}
-        for stage in stages:
-            for layer, count in of_stages[stage]:
-                units["block", layer] = units.get(("block", layer), 0) + count
-        if 0 in stages:
-            units["embedding", 0] = 1
-        if last in stages:
-            units["head", 0] = 1
-            if config.model.tie_embeddings and 0 not in stages:
-                units["tied", 0] = 1
-        return units
-
-    def sizes(self, unit: Unit) -> Sizes:
-        config, layout = self.config, self.layout
-        shards = layout.dp_shard * (layout.cp if self.practice.shards_over_cp else 1)
-        cut = Cut(layout.tp, layout.ep, layout.etp, layout.zero, shards, max(1, layout.edp // layout.dp_replicate))
-        return _sizes(unit, config.model, config.optim, config.precision, self.practice, cut)
-
-    def of_block(self, layer: int, recompute: str) -> int:
-        """What waits of a microbatch in a block."""
-        config, layout = self.config, self.layout
-        return _block_bytes(
-            config.model,
-            config.train.seq_len,
-            config.train.micro_batch_size,
-            layout.tp,
-            config.parallel.sequence_parallel,
-            recompute,
-            self.item,
-            config.parallel.regather_inputs,
-            layout.zero >= 2,
-            layer,
-            layout.cp,
-            layout.etp,
-            self.practice.attention,
-        )
-
-    def activations(self, live: Live) -> int:
-        """Of all microbatches that are alive at the worst moment."""
-        config, layout = self.config, self.layout
-        model, t = config.model, config.train
-        kinds = _kinds_of_stages(model, t.seq_len, self.num_stages, config.parallel.stage_layers)
-        kept, late = np.zeros(len(live.stages), dtype=np.int64), np.zeros(len(live.stages), dtype=np.int64)
-        for chunk, stage in enumerate(live.stages):
-            for layer, count in kinds[stage]:
-                kept[chunk] += count * self.of_block(layer, config.parallel.recompute)
-                late[chunk] += count * late_bytes(
-                    model, t.seq_len, t.micro_batch_size, layout.tp, self.item, layer, layout.cp, layout.etp
-                )
-            if stage == self.num_stages - 1:
-                kept[chunk] += self.boundary + self.tokens * model.hidden_size * self.item
-        return live.peak(kept, late)
-
-    def working(self, units: dict[Unit, int]) -> int:
-        """What one block needs while it goes through backward."""
-        config = self.config
-        layers = [layer for kind, layer in units if kind == "block"]
-        remade = 0
-        if config.parallel.recompute in ("full", "selective", "offload"):
-            remade = max(
-                (self.of_block(each, "none") - self.of_block(each, config.parallel.recompute) for each in layers),
-                default=0,
-            )
-        m, width = config.model, config.model.ffn_hidden_size // self.layout.tp
-        return remade + (self.tokens * 2 * width * self.item + 2 * self.boundary if layers else 0)
-
-    def buffers(self, live: Live, units: dict[Unit, int], microbatches: int) -> int:
-        config, layout, practice = self.config, self.layout, self.practice
-        policy = ShardingPolicy.of(layout.zero)
-        total = microbatches * self.tokens * BYTES_PER_TOKEN
-        if layout.pp > 1:
-            total += MESSAGES * self.boundary
-        numels = {unit: self.sizes(unit).numel for unit in units}
-        whole = 4 if self.item == 2 else self.item
-        for unit, numel in numels.items():
-            if policy.grads:
-                total += numel * int(practice.grad_bytes or whole) * min(UNITS_OF_GRADS, units[unit])
-            if policy.params:
-                total += numel * self.item * min(UNITS_OF_PARAMS, units[unit])
-        if self.num_stages - 1 in live.stages:
-            column = live.stages.index(self.num_stages - 1)
-            logits = self.tokens * -(-config.model.vocab_size // layout.tp)
-            total += int(live.kept[:, column].max(initial=0)) * int(logits * (practice.logit_bytes or self.item))
-            total += 2 * 4 * min(CHUNK_LOGITS, logits)
-        in_fp8 = [self.sizes(unit).in_fp8 * (1 if policy.params else count) for unit, count in units.items()]
-        return total + (max(in_fp8, default=0) if policy.params else sum(in_fp8))
-
-    def host_activations(self, live: Live) -> int:
-        if self.config.parallel.recompute != "offload":
-            return 0
-        config, layout, t = self.config, self.layout, self.config.train
-        kinds = _kinds_of_stages(config.model, t.seq_len, self.num_stages, config.parallel.stage_layers)
-        cut = (layout.tp, config.parallel.sequence_parallel, self.item, config.parallel.regather_inputs)
-        each = [
-            sum(
-                count
-                * host_activation_bytes(config.model, t.seq_len, t.micro_batch_size, *cut, layer, layout.cp, layout.etp)
-                for layer, count in kinds[stage]
-            )
-            for stage in live.stages
+    def of_rank(self, live: Live, microbatches: int) -> RankMemory:
+        """The sum over the stages of a pipeline rank."""
+        stages = list(live.stages)
+        blocks = self.counts[stages].sum(axis=0).tolist()
+        units: list[tuple[UnitSizes, int]] = [
+            (self.sizes(("block", kind)), n) for kind, n in zip(self.kinds, blocks) if n
         ]
-        return live.peak(np.array(each), np.zeros(len(each), dtype=np.int64))
+        last = self.layout.num_stages - 1
+        units += [(self.sizes(unit), 1) for unit in self.ends(stages)]
+        activations = self.activations(live, last, blocks)
+        buffers = self.buffers(live, units, microbatches, last)
+        host = sum(sizes.host * n for sizes, n in units) + live.peak(
+            self.host[stages], np.zeros_like(self.host[stages])
+        )
+        return RankMemory(
+            params=sum(sizes.params * n for sizes, n in units),
+            grads=sum(sizes.grads * n for sizes, n in units),
+            optimizer=sum(sizes.optimizer * n for sizes, n in units),
+            activations=activations,
+            buffers=buffers,
+            fragmentation=int(self.practice.waste * (activations + buffers)),
+            context=int(self.practice.context_gb * 1e9),
+            host=host,
+        )
+
+    def sizes(self, unit: Unit) -> UnitSizes:
+        config = self.config
+        return sizes_of(unit, config.model, config.optim, config.precision, self.practice, self.cut)
+
+    def ends(self, stages: list[int]) -> list[Unit]:
+        """What a rank holds besides blocks."""
+        found: list[Unit] = [("embedding", 0)] if 0 in stages else []
+        if self.layout.num_stages - 1 in stages:
+            tied = self.config.model.tie_embeddings and 0 not in stages
+            found += [("tied", 0)] * tied + [("head", 0)]
+        return found
+
+    def activations(self, live: Live, last: int, blocks: list[int]) -> int:
+        """At the worst moment: in a block's backward, or in that of the head, whose inputs are still there then."""
+        stages = list(live.stages)
+        kept, late = self.kept[stages], self.late[stages]
+        if live.late.any() and 0 in stages:  # gradients for the embedding's rows
+            late = late + (live.stages.index(0) == np.arange(len(stages))) * self.tokens * self.hidden * STATISTIC_BYTES
+        working = max((int(size) for size, n in zip(self.working, blocks) if n), default=0)
+        most = live.peak(kept, late) + working
+        if last not in stages:
+            return most
+        inputs = self.parcel + self.tokens * (self.hidden * self.item + HEAD_BYTES)
+        at_head = kept + (live.stages.index(last) == np.arange(len(stages))) * inputs
+        chunk = (
+            0
+            if self.practice.logit_bytes
+            else (self.item + max(self.item, STATISTIC_BYTES)) * min(CHUNK_LOGITS, self.logits)
+        )
+        return max(most, live.peak(at_head, late) + 2 * self.tokens * self.hidden * self.item + chunk)
+
+    @property
+    def logits(self) -> int:
+        """How many a microbatch has on one rank."""
+        return self.tokens * -(-self.config.model.vocab_size // self.layout.tp)
+
+    @property
+    def hidden(self) -> int:
+        return self.config.model.hidden_size
+
+    def buffers(self, live: Live, units: list[tuple[UnitSizes, int]], microbatches: int, last: int) -> int:
+        """What travels, is gathered, or is kept for use again."""
+        practice, policy = self.practice, ShardingPolicy.of(self.layout.zero)
+        total = microbatches * self.tokens * INPUT_BYTES + (MESSAGES * self.parcel if self.layout.pp > 1 else 0)
+        of_grad = practice.grad_bytes or max(self.item, STATISTIC_BYTES)
+        for sizes, number in units:
+            if policy.grads:
+                total += int(of_grad * sizes.numel) * min(UNITS_OF_GRADS, number)
+            if policy.params:
+                total += self.item * sizes.numel * min(UNITS_OF_PARAMS, number)
+        if last in live.stages:
+            # their memory is never given back; after GPipe's forwards all have theirs
+            at_once = int(live.kept[:, live.stages.index(last)].max())
+            total += at_once * int(self.logits * (practice.logit_bytes or self.item))
+        codes = [sizes.fp8_bytes * (1 if policy.params else number) for sizes, number in units]
+        total += max(codes, default=0) if policy.params else sum(codes)
+        return total + fp8_history_bytes(4 * self.config.model.num_layers, self.config.precision)
 
 
 @cache
-def _spec(model: ModelConfig) -> ModelSpec:
-    return ModelSpec.of(model)
-
-
-@cache
-def _kinds_of_stages(
-    model: ModelConfig, seq_len: int, num_stages: int, stage_layers: tuple[int, ...]
-) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """(a layer that stands for all like it, how many of them) of each stage."""
-    like: dict[tuple[bool, int], int] = {}
-    of_layer = [like.setdefault((is_mixture(model, n), window_of(model, n)), n) for n in range(model.num_layers)]
-    kinds = []
-    for layers in layers_of_stages(model, seq_len, num_stages, stage_layers):
-        counts: dict[int, int] = {}
+def _counts_of(kinds: tuple[int, ...], stages: tuple[range, ...]) -> tuple[tuple[int, ...], Counts]:
+    """The kinds of layers that there are, and how many of each a stage has [stages, kinds]."""
+    present = sorted(set(kinds))
+    counts = np.zeros((len(stages), len(present)), dtype=np.int64)
+    for stage, layers in enumerate(stages):
         for layer in layers:
-            counts[of_layer[layer]] = counts.get(of_layer[layer], 0) + 1
-        kinds.append(tuple(counts.items()))
-    return tuple(kinds)
+            counts[stage, present.index(kinds[layer])] += 1
+    return tuple(present), counts
 
 
 @cache
-def _block_bytes(
+def _waiting(
     model: ModelConfig,
+    layer: int,
     seq_len: int,
     micro_batch_size: int,
     tp: int,
@@ -282,20 +227,24 @@ def _block_bytes(
     item: int,
     regather: bool,
     by_unit: bool,
-    layer: int,
     cp: int,
     etp: int,
     attention: str,
-) -> int:
+) -> _Waiting:
+    sample = (seq_len, micro_batch_size, tp)
+    late = late_bytes(model, *sample, item, layer, cp, etp)
     if attention == "explicit":
-        # scores as Korthikanti et al. 2022, equation 1, has them: softmax, mask and what is left
-        return _explicit_bytes(model, seq_len, micro_batch_size, tp, sequence, recompute, item, layer, cp)
-    return activation_bytes(
-        model, seq_len, micro_batch_size, tp, sequence, recompute, item, regather, by_unit, layer, cp, etp
-    )
+        return _explicit(model, *sample, sequence, recompute, item, layer, cp, late)
+    kept = activation_bytes(model, *sample, sequence, recompute, item, regather, by_unit, layer, cp, etp)
+    working = working_bytes(model, *sample, sequence, recompute, item, layer, cp, etp)
+    host = 0
+    if recompute == "offload":
+        host = host_activation_bytes(model, *sample, sequence, item, regather, layer, cp, etp)
+        working += host  # the block that comes next is on its way
+    return _Waiting(kept, late, host, working)
 
 
-def _explicit_bytes(
+def _explicit(
     model: ModelConfig,
     seq_len: int,
     micro_batch_size: int,
@@ -305,62 +254,21 @@ def _explicit_bytes(
     item: int,
     layer: int,
     cp: int,
-) -> int:
+    late: int,
+) -> _Waiting:
+    """As software before fused attention: of each score the softmax in 16 bits, and of dropout a mask of one byte and
+    what it leaves (Korthikanti et al. 2022, equation 1)."""
     plain = replace(model, dropout=0.0, attention_dropout=0.0)
-    kept = activation_bytes(plain, seq_len, micro_batch_size, tp, sequence, recompute, item, layer=layer, cp=cp)
+    sample = (seq_len, micro_batch_size, tp, sequence)
     tokens = seq_len * micro_batch_size // cp
-    if recompute != "full" and model.dropout:
-        kept += 2 * tokens // (tp if sequence else 1) * model.hidden_size
-    if recompute == "none":
-        kept += tokens * seq_len * (model.num_heads // tp) * (5 if model.attention_dropout else 2)
-    return kept
-
-
-@cache
-def _sizes(
-    unit: Unit, model: ModelConfig, optim: OptimConfig, precision: PrecisionConfig, practice: Practice, cut: Cut
-) -> Sizes:
-    """What a rank that holds most has of a unit."""
-    spec, (kind, layer) = _spec(model), unit
-    params = {
-        "embedding": spec.embedding.params,
-        "tied": spec.embedding.params[:1],
-        "head": spec.head.params,
-    }.get(kind) or spec.blocks[layer].params
-    dense = [param for param in params if not param.experts]
-    experts = [_on_rank(param, cut.ep) for param in params if param.experts]
-    numel = in_fp8 = 0
-    state = StateBytes(0, 0, 0)
-    for some, tp, shards in ((dense, cut.tp, cut.shards), (experts, cut.etp, cut.expert_shards)):
-        held = state_bytes(
-            some, optim, precision.dtype, 0, tp, cut.zero, shards, master=precision.master, device="cuda"
-        )
-        local = sum(param.local_numel(0, tp) for param in some)
-        numel += local
-        if precision.fp8 != "off" and kind == "block":
-            in_fp8 += 2 * sum(param.local_numel(0, tp) for param in some if param.is_matmul)
-        held = _practised(held, local, practice, cut.zero, shards)
-        state = StateBytes(*(a + b for a, b in zip(_parts(state), _parts(held), strict=True)))
-    return Sizes(numel, in_fp8, state)
-
-
-def _parts(state: StateBytes) -> tuple[int, int, int, int, int]:
-    return state.params, state.grads, state.optimizer, state.host, state.files
-
-
-def _practised(state: StateBytes, numel: int, practice: Practice, zero: int, shards: int) -> StateBytes:
-    """State as another software has it."""
-    policy, own = ShardingPolicy.of(zero), -(-numel // shards)
-    changes = {}
-    if practice.param_bytes:
-        changes["params"] = int(practice.param_bytes * (own if policy.params else numel))
-    if practice.grad_bytes:
-        changes["grads"] = int(practice.grad_bytes * (own if policy.grads else numel))
-    if practice.optimizer_bytes:
-        changes["optimizer"] = int(practice.optimizer_bytes * (own if policy.optimizer else numel))
-    return replace(state, **changes)
-
-
-def _on_rank(param: ParamSpec, ep: int) -> ParamSpec:
-    """The experts that one of ``ep`` ranks has."""
-    return replace(param, shape=(-(-param.experts // ep), *param.shape[1:]))
+    masks = 2 * tokens // (tp if sequence else 1) * model.hidden_size if model.dropout else 0
+    scores = tokens * seq_len * (model.num_heads // tp)
+    of_scores = scores * (item + (item + 1 if model.attention_dropout else 0))
+    whole = activation_bytes(plain, *sample, "none", item, layer=layer, cp=cp) + masks + of_scores
+    kept = {
+        "none": whole,
+        "selective": activation_bytes(plain, *sample, "selective", item, layer=layer, cp=cp) + masks,
+    }.get(recompute, activation_bytes(plain, *sample, "full", item, layer=layer, cp=cp))
+    working = working_bytes(plain, *sample, "none", item, layer, cp)
+    remade = whole - kept if recompute != "selective" else of_scores
+    return _Waiting(kept, late, 0, max(remade + working, remade + 2 * scores * item))

@@ -22,3 +22,6 @@ class Practice:
     logit_bytes: float = 0.0
     waste: float = 0.05
     context_gb: float = 2.0
+
+
+OURS = Practice()

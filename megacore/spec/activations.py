@@ -54,6 +54,9 @@ from megacore.spec.model import is_mixture
 STATISTIC_BYTES = 4
 """Logarithms of sums and a layer norm's statistics are at least single precision."""
 
+MASK_BYTES = 36
+"""What making the mask of one element takes for a moment."""
+
 
 def activation_bytes(
     model: ModelConfig,
@@ -117,6 +120,35 @@ def late_bytes(
     run, W has not): input and gradient of the output of each matrix, whole on every rank."""
     block = _Block(model, seq_len, micro_batch_size, tp, True, False, dtype_bytes, layer, cp, etp)
     return block.late()
+
+
+def working_bytes(
+    model: ModelConfig,
+    seq_len: int,
+    micro_batch_size: int,
+    tp: int = 1,
+    sequence_parallel: bool = False,
+    recompute: str = "none",
+    dtype_bytes: int = 2,
+    layer: int = 0,
+    cp: int = 1,
+    etp: int = 1,
+) -> int:
+    """The most that one block takes beyond what waits for its backward, while it goes through it: gradients of
+    activations less what is done with, and what is made again.
+
+    The worst moment is one of three: the MLP's non-linearity has given the gradient of its input; the scores that the
+    explicit path makes have theirs (and what belongs to the MLP is gone); dropout's mask is made of 64-bit counters.
+    """
+    block = _Block(model, seq_len, micro_batch_size, tp, sequence_parallel, False, dtype_bytes, layer, cp, etp)
+    kept = activation_bytes(
+        model, seq_len, micro_batch_size, tp, sequence_parallel, recompute, dtype_bytes, False, False, layer, cp, etp
+    )
+    remade = block.around() + block.core() - kept
+    of_mlp = block.mlp_working() + (0 if recompute == "selective" else remade)
+    of_core = remade + block.core_working()
+    of_mask = (0 if recompute == "selective" else remade) + block.mask_working()
+    return max(of_mlp, of_core, of_mask)
 
 
 @dataclass(frozen=True)
@@ -184,6 +216,30 @@ class _Block:
             gathered = self.num_tokens if self.tp > 1 else 0  # else it is the router's
             shared = gathered * m.hidden_size * size + self.widened(m.shared_ffn_hidden_size, self.tp)
         return routed + sent + inside + shared
+
+    def mlp_working(self) -> int:
+        """Gradients of what the non-linearity took, and of a token."""
+        m = self.model
+        wide = 2 if m.activation in GATED else 1
+        gathered = m.hidden_size * (self.num_tokens if self.tp > 1 else self.num_outside)
+        if not is_mixture(m, self.layer):
+            return (self.num_tokens * wide * (m.ffn_hidden_size // self.tp) + gathered) * self.dtype_bytes
+        sent = self.num_tokens // self.tp * m.top_k
+        inside = wide * m.moe_ffn_hidden_size + self.etp * m.hidden_size
+        return (sent * inside + gathered) * self.dtype_bytes
+
+    def core_working(self) -> int:
+        """Gradients of scores, of as many bits as these, less what the MLP has let go."""
+        if not self.explicit:
+            return 0
+        m, (n, kv, d) = self.model, self.heads
+        gone = 3 * (m.ffn_hidden_size // self.tp) + 2 * m.hidden_size + 2 * n * d - 3 * kv * d
+        scores = 5 * self.num_tokens * n * self.seq_len * self.statistic_bytes
+        return scores - self.num_tokens * gone * self.dtype_bytes
+
+    def mask_working(self) -> int:
+        """Of each element, counters and their products, and what was dropped."""
+        return MASK_BYTES * self.num_outside * self.model.hidden_size if self.model.dropout else 0
 
     def late(self) -> int:
         """Inputs of all matrices, and gradients of their outputs."""
