@@ -144,6 +144,30 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return _BiasGelu.apply(x, bias)
 
 
+class _BiasDropoutAdd(torch.autograd.Function):
+    """Saves what is kept only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor, residual: Tensor, keep: Tensor) -> Tensor:
+        ctx.save_for_backward(keep)
+        ctx.formats = x.dtype, bias.dtype, residual.dtype
+        wide = torch.promote_types(x.dtype, keep.dtype)
+        return torch.addcmul(residual.to(wide), x + bias.to(wide), keep.to(wide)).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        (keep,) = ctx.saved_tensors
+        of_x, of_bias, of_residual = ctx.formats
+        dropped = grad * keep
+        return dropped.to(of_x), dropped.flatten(0, -2).sum(0).to(of_bias), grad.to(of_residual), None
+
+
+def bias_dropout_add(x: Tensor, bias: Tensor, residual: Tensor, keep: Tensor) -> Tensor:
+    """As ``reference.bias_dropout_add``."""
+    return _BiasDropoutAdd.apply(x, bias, residual, keep)
+
+
 def squares(tensors: Sequence[Tensor]) -> Tensor:
     """As ``reference.squares``: summed in float32 at least, many tensors at once."""
     if not tensors:

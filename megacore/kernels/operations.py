@@ -198,6 +198,59 @@ def _quantised() -> Iterator[Arguments]:
         yield numbers(0, 3), torch.tensor(1.0), gradient
 
 
+def _dropped() -> Iterator[Arguments]:
+    for shape in ((1, 2), (5, 7), (3, 4, 33), (0, 6)):
+        keep = (torch.rand(shape) < 0.7).float() / 0.7
+        yield numbers(*shape), numbers(shape[-1]), numbers(*shape), keep
+
+
+EXPERTS, CHOICES = 8, 2
+"""Of mixtures that are timed."""
+
+
+def _chosen() -> Iterator[Arguments]:
+    for t, k, e, h in ((1, 1, 1, 3), (7, 2, 4, 5), (0, 2, 3, 4), (9, 3, 3, 33), (6, 1, 20, 2)):
+        yield numbers(t, h), torch.rand(t, e).argsort(1)[:, :k], e
+
+
+def _from_experts() -> Iterator[Arguments]:
+    for x, choice, num_experts in _chosen():
+        order, _ = reference.order_of(choice, num_experts)
+        yield numbers(len(order), x.shape[1]), order, torch.rand(choice.shape, dtype=torch.float64)
+
+
+def _grouped() -> Iterator[Arguments]:
+    for counts, i, o in (([1], 1, 1), ([3, 0, 4], 6, 5), ([0, 0], 4, 3), ([16, 8, 0, 40], 16, 24), ([5, 2], 0, 3)):
+        yield numbers(sum(counts), i), numbers(len(counts), o, i), torch.tensor(counts)
+
+
+def _many_chosen(t: int, h: int) -> Arguments:
+    return numbers(t, h), torch.rand(t, EXPERTS).argsort(1)[:, :CHOICES], EXPERTS
+
+
+def _many_from_experts(t: int, h: int) -> Arguments:
+    order, _ = reference.order_of(torch.rand(t, EXPERTS).argsort(1)[:, :CHOICES], EXPERTS)
+    return numbers(t * CHOICES, h), order, torch.rand(t, CHOICES, dtype=torch.float64)
+
+
+def _many_grouped(t: int, h: int) -> Arguments:
+    return (
+        numbers(t, h),
+        numbers(EXPERTS, h, h),
+        torch.full((EXPERTS,), t // EXPERTS) + (torch.arange(EXPERTS) < t % EXPERTS),
+    )
+
+
+def _grouped_flops(x: Tensor, weight: Tensor, counts: Tensor) -> tuple[float, float]:
+    forward = 2.0 * x.shape[0] * weight[0].numel()
+    return forward, 2 * forward
+
+
+def _first(function: Any, *args: Any) -> Tensor:
+    """The rows alone: all else is integers."""
+    return function(*args)[0]
+
+
 def _steps() -> Iterator[Arguments]:
     sizes = (1, 7, 1000, 0, 1025)
     for coupled in (False, True):
@@ -326,6 +379,14 @@ def _operations() -> Iterator[Operation]:
         "quantise", r.quantise, _quantised, lambda t, h: (numbers(t, h), torch.tensor(1.0), False), (),
         tolerance=EXACT,
     )  # fmt: skip
+    yield Operation(
+        "bias_dropout_add", r.bias_dropout_add, _dropped,
+        lambda t, h: (numbers(t, h), numbers(h), numbers(t, h), (torch.rand(t, h) < 0.9).float() / 0.9), (0, 1, 2),
+        flops=(3.0, 2.0),
+    )  # fmt: skip
+    yield Operation("permute", r.permute, _chosen, _many_chosen, (0,), _first, saved="nothing", flops=(0.0, 1.0))
+    yield Operation("unpermute", r.unpermute, _from_experts, _many_from_experts, (0, 2), flops=(2.0, 3.0))
+    yield Operation("grouped_product", r.grouped_product, _grouped, _many_grouped, (0, 1), flops=_grouped_flops)
     yield Operation("adamw", adamw.reference, _steps, _one_step, (), _step, WIDE_ONLY, flops=(14.0, 0.0), in_place=True)
 
 

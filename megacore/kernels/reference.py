@@ -167,6 +167,48 @@ def squares(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
 
 
+def bias_dropout_add(x: Tensor, bias: Tensor, residual: Tensor, keep: Tensor) -> Tensor:
+    """residual + (x + bias) keep, where keep, float32 at least, is 0 or 1 / (1 - p); bias [h], all else [..., h]."""
+    return (residual + (wide_of(x) + bias) * keep).to(x.dtype)
+
+
+def order_of(choice: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Of choices [t, k] among experts: their places in the flat list, sorted by expert and then by place [t k], and
+    how many each expert has [num_experts]."""
+    flat = choice.flatten()
+    experts = torch.arange(num_experts, device=choice.device)
+    return flat.argsort(stable=True), (flat[:, None] == experts).sum(0)
+
+
+def inverse_of(order: Tensor) -> Tensor:
+    """Where in ``order`` each place stands."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+def permute(x: Tensor, choice: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of x [t, h] for the experts that they chose [t, k]: one for each choice, sorted by expert [t k, h]; with
+    their order and the experts' counts (``order_of``)."""
+    order, counts = order_of(choice, num_experts)
+    return x[order // choice.shape[1]], order, counts
+
+
+def unpermute(rows: Tensor, order: Tensor, weight: Tensor) -> Tensor:
+    """The way back: to each token [t, h] the sum over its k choices of weight [t, k] times the expert's row."""
+    own = wide_of(rows)[inverse_of(order)].unflatten(0, weight.shape)
+    return (own * weight[..., None]).sum(1).to(rows.dtype)
+
+
+def grouped_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """x w^T [n, o] of rows [n, i] sorted by expert, each with its expert's w of weight [e, o, i]; expert number i has
+    counts[i] rows, and all together have n."""
+    ends = counts.cumsum(0)
+    expert = torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True)
+    out = x.new_zeros(len(x), weight.shape[1])
+    for number, own in enumerate(weight):
+        out = torch.where((expert == number)[:, None], x @ own.t(), out)
+    return out
+
+
 def quantise(x: Tensor, scale: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
     """x times ``scale`` (float32 scalar) in E4M3 or, of gradients, E5M2, and the largest absolute value of x (float32
     scalar). See ``fp8.formats``."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megacore.kernels import adamw, apex, compiled, fused, linear, native, reference, transformer_engine
+from megacore.kernels import adamw, apex, compiled, experts, fused, linear, native, reference, transformer_engine
 from megacore.kernels.choice import Choice as Choice
 from megacore.kernels.choice import Kernel as Kernel
 from megacore.kernels.choice import Later, reason_against
@@ -138,6 +138,14 @@ TABLE: tuple[Kernel, ...] = (
     Kernel("quantise", "cuda", _cuda("quantise"), cuda.refuses, by_default=False),
     Kernel("quantise", "triton", _ours("quantise", "quantise"), triton.refuses, by_default=False),
     Kernel("quantise", "reference", reference.quantise),
+    Kernel("bias_dropout_add", "fused", fused.bias_dropout_add),
+    Kernel("bias_dropout_add", "reference", reference.bias_dropout_add),
+    Kernel("permute", "gather", experts.permute),
+    Kernel("permute", "reference", reference.permute),
+    Kernel("unpermute", "gather", experts.unpermute),
+    Kernel("unpermute", "reference", reference.unpermute),
+    Kernel("grouped_product", "grouped_mm", experts.grouped_product, experts.grouped_refuses),
+    Kernel("grouped_product", "reference", reference.grouped_product),
     *adamw.BACKENDS,
 )
 
