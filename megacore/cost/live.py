@@ -36,10 +36,13 @@ class Live(NamedTuple):
     stages: tuple[int, ...]
     kept: Counts
     late: Counts
+    ended: NDArray[np.bool_]
+    """[moments] Whether the moment is the end of an input gradient, at whose beginning the rest are."""
 
-    def peak(self, kept: Counts, late: Counts) -> int:
-        """The most bytes at once, of so many for a microbatch of each stage."""
-        return int((self.kept @ kept + self.late @ late).max(initial=0))
+    def peak(self, kept: Counts, late: Counts, beginning: int = 0, end: int = 0) -> int:
+        """The most bytes at once, of so many for a microbatch of each stage; and so many more at the beginning or at
+        the end of an input gradient."""
+        return int((self.kept @ kept + self.late @ late + np.where(self.ended, end, beginning)).max(initial=0))
 
 
 @cache
@@ -47,8 +50,8 @@ def live_of_kind(kind: str, num_ranks: int, num_microbatches: int, chunks: int) 
     """Of every rank. ``kind`` may also be the text file of one's own list, which is read then."""
     p, m = num_ranks, num_microbatches
     if kind == "gpipe":
-        whole = np.full((1, chunks), m)
-        return tuple(Live(loop(rank, p, chunks), whole, np.zeros_like(whole)) for rank in range(p))
+        whole, no = np.full((1, chunks), m), np.zeros(1, dtype=bool)
+        return tuple(Live(loop(rank, p, chunks), whole, np.zeros_like(whole), no) for rank in range(p))
     warm_up: Callable[[int, int, int], int] = long_warm_up if kind == "zb-h2" else usual_warm_up
     lags = {"1f1b": -1, "interleaved": -1, "zb-h1": 1, "zb-h2": 2}
     if kind in lags:
@@ -77,8 +80,7 @@ def live_of_list(rank: Instructions, stages: tuple[int, ...]) -> Live:
     later = back & (rank.op == Op.INPUT_GRAD)[:, None]
     done = own & (rank.op == Op.WEIGHT_GRAD)[:, None]
     after, waiting = (np.cumsum(a, 0) - np.cumsum(b, 0) for a, b in ((starts, ends), (later, done)))
-    kept, late = np.concatenate([after + ends, after]), np.concatenate([waiting + done - later, waiting])
-    return _unique(stages, kept, late)
+    return _moments(stages, (after + ends, waiting + done - later), (after, waiting))
 
 
 def _of_turns(rank: int, p: int, m: int, chunks: int, warm_up: int, lag: int) -> Live:
@@ -95,11 +97,18 @@ def _of_turns(rank: int, p: int, m: int, chunks: int, warm_up: int, lag: int) ->
     alive = begun[np.clip(turn + 1, 0, n)]
     before, after = (back[np.clip(turn - warm_up + one, 0, n)] for one in (0, 1))
     done = back[np.clip(turn - warm_up - lag, 0, n)] if lag >= 0 else before
-    kept = np.concatenate([alive - before, alive - after])
-    late = np.concatenate([before - done, after - done]) if lag >= 0 else np.zeros_like(kept)
-    return _unique(loop(rank, p, chunks), kept, late)
+    return _moments(
+        loop(rank, p, chunks),
+        (alive - before, before - done),
+        (alive - after, after - done if lag >= 0 else after - after),
+    )
 
 
-def _unique(stages: tuple[int, ...], kept: Counts, late: Counts) -> Live:
-    rows = np.unique(np.concatenate([kept, late], axis=1), axis=0)
-    return Live(stages, rows[:, : len(stages)], rows[:, len(stages) :])
+def _moments(stages: tuple[int, ...], begins: tuple[Counts, Counts], ends: tuple[Counts, Counts]) -> Live:
+    """(kept, late) at beginnings and at ends, each different moment once."""
+    tables = [
+        np.concatenate([kept, late, np.full((len(kept), 1), ended)], axis=1)
+        for ended, (kept, late) in enumerate((begins, ends))
+    ]
+    rows, n = np.unique(np.concatenate(tables), axis=0), len(stages)
+    return Live(stages, rows[:, :n], rows[:, n : 2 * n], rows[:, 2 * n].astype(bool))

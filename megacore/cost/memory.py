@@ -118,7 +118,7 @@ class _Prices:
         waiting = [_waiting(model, kind, *block) for kind in self.kinds]
         columns = [np.array(column, dtype=np.int64) for column in zip(*waiting, strict=True)]
         self.kept, self.late, self.host = (self.counts @ column for column in columns[:3])
-        self.working = columns[3]
+        self.put_off, self.working = columns[1], columns[3]
 
     def of_rank(self, live: Live, microbatches: int) -> RankMemory:
         """The sum over the stages of a pipeline rank."""
@@ -163,18 +163,24 @@ class _Prices:
         kept, late = self.kept[stages], self.late[stages]
         if live.late.any() and 0 in stages:  # gradients for the embedding's rows
             late = late + (live.stages.index(0) == np.arange(len(stages))) * self.tokens * self.hidden * STATISTIC_BYTES
-        working = max((int(size) for size, n in zip(self.working, blocks) if n), default=0)
-        most = live.peak(kept, late) + working
+        there = [number for number, n in enumerate(blocks) if n]
+        working = max((int(self.working[number]) for number in there), default=0)
+        put_off = min((int(self.put_off[number]) for number in there), default=0)
+        most = live.peak(kept, late, working, working - put_off)
         if last not in stages:
             return most
         inputs = self.parcel + self.tokens * (self.hidden * self.item + HEAD_BYTES)
         at_head = kept + (live.stages.index(last) == np.arange(len(stages))) * inputs
-        chunk = (
-            0
-            if self.practice.logit_bytes
-            else (self.item + max(self.item, STATISTIC_BYTES)) * min(CHUNK_LOGITS, self.logits)
-        )
-        return max(most, live.peak(at_head, late) + 2 * self.tokens * self.hidden * self.item + chunk)
+        return max(most, live.peak(at_head, late) + 2 * self.tokens * self.hidden * self.item + self.chunks)
+
+    @property
+    def chunks(self) -> int:
+        """The logits that the loss works at, and those before them until these are there."""
+        if self.practice.logit_bytes:
+            return 0
+        wide = max(self.item, STATISTIC_BYTES)
+        made = self.item if self.item < wide else 0
+        return wide * min(2 * CHUNK_LOGITS, self.logits) + made * min(CHUNK_LOGITS, self.logits)
 
     @property
     def logits(self) -> int:
@@ -193,6 +199,7 @@ class _Prices:
         for sizes, number in units:
             if policy.grads:
                 total += int(of_grad * sizes.numel) * min(UNITS_OF_GRADS, number)
+                total += int(of_grad * sizes.numel / self.cut.shards) * min(UNITS_OF_GRADS - 1, number)  # their sums
             if policy.params:
                 total += self.item * sizes.numel * min(UNITS_OF_PARAMS, number)
         if last in live.stages:
