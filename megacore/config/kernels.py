@@ -62,6 +62,23 @@ def kernel_problems(config: RunConfig) -> Iterator[str]:
             yield f"{what}, and {operation} is named {operations.count(operation)} times; name it once"
         elif operation not in called:
             yield f"{what}, which this run does not call; it calls {', '.join(sorted(called))}: leave it out"
+    if config.kernels.compile:
+        yield from compile_problems(config)
+
+
+def compile_problems(config: RunConfig) -> Iterator[str]:
+    """Why the core of attention cannot be one graph that all blocks share."""
+    m, tp = config.model, config.parallel.tp
+    if m.attention_dropout:
+        yield (
+            f"kernels.compile=true with model.attention_dropout={m.attention_dropout} would compile a graph for each "
+            "layer, for each has masks of its own; use attention_dropout=0, or do not compile"
+        )
+    if m.qk_norm and m.qk_norm_over == "all" and tp > 1:
+        yield (
+            f"kernels.compile=true cannot compile model.qk_norm_over=all with parallel.tp={tp}, whose ranks sum within "
+            "it; use tp=1, or do not compile"
+        )
 
 
 def operations_of(model: ModelConfig, fp8: str = "off") -> frozenset[str]:

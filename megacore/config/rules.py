@@ -415,7 +415,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_param_groups, ("optim.groups",)),
     (_precision, ("precision",)),
     (_fp8, ("model", "parallel.tp", "precision", "train.seq_len", "train.micro_batch_size")),
-    (_kernels, ("kernels.use", "model", "optim.name")),
+    (_kernels, ("kernels.use", "kernels.compile", "model", "optim.name", "parallel.tp")),
     (_modules, ("kernels.use", "parallel", "precision", "train.seq_len", "train.micro_batch_size")),
     (_softcap, ("model.logit_softcap", "train.label_smoothing", "precision.dtype")),
     (_data, ("data", "train.eval_every")),

@@ -336,6 +336,7 @@ class KernelsConfig:
 
     use: tuple[str, ...] = key((), 'list of "OPERATION=BACKEND"; of all others the fastest that was measured')
     explain: bool = key(False, "say at the start why each other backend was not taken")
+    compile: bool = key(False, "compile what lies between a block's matrix products with torch.compile")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Builds a run from its description: the only place that knows every room."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from megacore.config.settings import settings
 from megacore.config.write import config_hash
 from megacore.kernels.fp8.products import product_of
 from megacore.kernels.fp8.recipes import Blocks, Current, Delayed, Recipe
+from megacore.kernels.inductor import check_compiler, compiled, compiled_kernels
 from megacore.kernels.table import Choice, Kernels, explain, packages, resolve
 from megacore.layout import Layout
 from megacore.layout.policy import ShardingPolicy
@@ -111,6 +112,9 @@ def build_on(config: RunConfig, mesh: ParallelMesh, device: torch.device, phases
     dtype = dict(DTYPES)[config.precision.dtype]
     products = {name: backend for name, backend in wanted_of_model(config.kernels.use).items() if backend != MODULES}
     kernels, choices = resolve(device, dtype, products)
+    if config.kernels.compile:
+        check_compiler(device)
+        kernels, choices = compiled_kernels(kernels, choices, wanted(config.kernels.use))
     plan = partial(plan_schedule, config)
     schedule = plan(config.train.global_batch_size // (config.train.micro_batch_size * layout.dp))
     home = schedule.home
@@ -128,6 +132,8 @@ def build_on(config: RunConfig, mesh: ParallelMesh, device: torch.device, phases
         stages = make_stages(config, make, tp, kernels, [rank == mesh.pp.rank for rank in home])
         if modules:
             modules.prepare()
+        if config.kernels.compile:
+            compile_cores(stages.values())
     with phases.time("buffers"):
         storage = make_storage(config, spec, stages, mesh, make, updates_on_host(config, device))
         rule = make_optimizer(config, spec, storage)
@@ -152,6 +158,12 @@ def build_on(config: RunConfig, mesh: ParallelMesh, device: torch.device, phases
     reasons = (*explain(device, dtype, chosen), *packages()) if config.kernels.explain else ()
     failpoints = Failpoints.of(os.environ, mesh.rank)
     return Built(config, spec, mesh, stages, storage, trainer, chosen, reasons, failpoints)
+
+
+def compile_cores(stages: Iterable[Stage]) -> None:
+    """Let every block's attention between its products be one graph, which those of the same shape share."""
+    for block in (block for stage in stages for block in stage.blocks):
+        block.attention.core = compiled(block.attention.core)
 
 
 def make_fp8(
