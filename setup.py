@@ -3,11 +3,15 @@
 `tools/` and `launch/` lie at the top of the repository, where a user looks for them, and are installed as
 `megacore.tools` and `megacore.launch`.
 
-Both C++ parts are optional: each has a twin in Python. So where one cannot be built the installation goes on and says
+The C++ parts are optional: each has a twin in Python. So where one cannot be built the installation goes on and says
 what is lost. torch is not imported: csrc/data needs only pybind11, csrc/cpu only torch's headers and library, which an
 isolated build does not see (launch/setup.sh therefore installs torch first and builds with --no-build-isolation).
+
+csrc/cuda is built where torch was built for CUDA, or where MEGACORE_CUDA=1 asks for it (0: never).
 """
 
+import os
+import runpy
 import sys
 from glob import glob
 from importlib.util import find_spec
@@ -16,10 +20,13 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-DATA, CPU = "megacore.data._native", "megacore.kernels._cpu"
+DATA, CPU, CUDA = "megacore.data._native", "megacore.kernels._cpu", "megacore.kernels.cuda._cuda"
+CUDA_BUILD = runpy.run_path("megacore/kernels/cuda/build.py")
 COSTS = {
     DATA: "sample indices of large corpora are built more slowly (numpy); it needs C++17",
     CPU: "AdamW, RMSNorm and SwiGLU on the CPU are torch's, not ours; it needs C++20, and torch where it is built:\n"
+    "megacore: pip install torch setuptools pybind11, then pip install --no-build-isolation -e .",
+    CUDA: "no kernel on the GPU is our C++/CUDA; it needs the CUDA toolkit (nvcc), and torch where it is built:\n"
     "megacore: pip install torch setuptools pybind11, then pip install --no-build-isolation -e .",
 }
 
@@ -39,14 +46,27 @@ class OptionalBuildExt(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         try:
-            super().build_extension(ext)
+            if ext.name == CUDA:
+                CUDA_BUILD["compile_library"](
+                    Path(self.get_ext_fullpath(CUDA)), installed_torch(), CUDA_BUILD["find_nvcc"]()
+                )
+            else:
+                super().build_extension(ext)
         except Exception as reason:  # whatever a compiler, or its absence, does here must not stop the installation
             report_missing(ext.name, reason)
 
 
+def installed_torch() -> Path:
+    """The package's folder. Raises ImportError if there is none."""
+    found = find_spec("torch")
+    if not found or not found.submodule_search_locations:
+        raise ImportError("torch is not installed where it is built")
+    return Path(found.submodule_search_locations[0])
+
+
 def sources_of(folder: str) -> tuple[list[str], list[str]]:
     """A folder's sources and headers."""
-    sources = sorted(glob(f"{folder}/*.cpp"))
+    sources = sorted([*glob(f"{folder}/*.cpp"), *glob(f"{folder}/*.cu")])
     if not sources:
         raise ImportError(f"{folder} is not here")
     return sources, sorted(glob(f"{folder}/*.h"))
@@ -62,10 +82,7 @@ def data_helper() -> Extension:
 
 def cpu_kernels() -> Extension:
     """csrc/cpu, operations of torch through its stable ABI: a library that torch loads, not a Python module."""
-    found = find_spec("torch")
-    if not found or not found.submodule_search_locations:
-        raise ImportError("torch is not installed where it is built")
-    torch = Path(found.submodule_search_locations[0])
+    torch = installed_torch()
     sources, headers = sources_of("csrc/cpu")
     return Extension(
         CPU,
@@ -81,10 +98,31 @@ def cpu_kernels() -> Extension:
     )
 
 
+def cuda_kernels() -> Extension:
+    """csrc/cuda, which nvcc compiles (kernels/cuda/build.py)."""
+    installed_torch()
+    if not CUDA_BUILD["find_nvcc"]():
+        raise ImportError("nvcc is neither on the PATH nor in /usr/local/cuda/bin")
+    sources, headers = sources_of("csrc/cuda")
+    return Extension(CUDA, sources, depends=headers, optional=True)
+
+
+def wants_cuda() -> bool:
+    """Whether csrc/cuda is of use here: its compilation takes a minute."""
+    asked = os.environ.get("MEGACORE_CUDA", "")
+    if asked:
+        return asked != "0"
+    try:
+        return bool(CUDA_BUILD["cuda_of"](installed_torch()))
+    except ImportError:
+        return False
+
+
 def extensions() -> list[Extension]:
     """What can be built here."""
     found = []
-    for name, make in ((DATA, data_helper), (CPU, cpu_kernels)):
+    parts = [(DATA, data_helper), (CPU, cpu_kernels), *([(CUDA, cuda_kernels)] if wants_cuda() else [])]
+    for name, make in parts:
         try:
             found.append(make())
         except ImportError as reason:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megacore.kernels import apex, native
 from megacore.kernels.choice import Choice, Kernel, Later, first_willing
+from megacore.kernels.cuda import library as cuda
 from megacore.kernels.triton import available as triton
 
 Tensors = Sequence[Tensor]
@@ -168,6 +169,14 @@ def _apex_refuses(device: torch.device, dtype: torch.dtype, moments: torch.dtype
     return apex.refuses(device, dtype)
 
 
+def _cuda_refuses(device: torch.device, dtype: torch.dtype, moments: torch.dtype | None = None) -> str:
+    if dtype != torch.float32:
+        return f"it updates float32 weights, not {dtype}"
+    if _same(moments, dtype) not in (torch.float32, torch.bfloat16):
+        return f"its moments are float32 or bfloat16, not {moments}"
+    return cuda.refuses(device, dtype)
+
+
 def _triton_refuses(device: torch.device, dtype: torch.dtype, moments: torch.dtype | None = None) -> str:
     if dtype not in (torch.float32, torch.float64):
         return f"it updates float32 and float64 weights, not {dtype}"
@@ -178,6 +187,7 @@ BACKENDS = (
     Kernel("adamw", "native", compiled, _native_refuses),
     Kernel("adamw", "torch", fused, _torch_refuses),
     Kernel("adamw", "apex", apex.adamw, _apex_refuses, by_default=False),
+    Kernel("adamw", "cuda", Later("megacore.kernels.cuda.operations", "adamw"), _cuda_refuses, by_default=False),
     Kernel("adamw", "triton", Later("megacore.kernels.triton.adamw", "adamw"), _triton_refuses, by_default=False),
     Kernel("adamw", "reference", reference),
 )

@@ -28,7 +28,7 @@ def test_backends_are_named() -> None:
 def test_what_is_misspelt_is_guessed() -> None:
     assert "there is no operation rmsnorm; did you mean rms_norm?" in problems("rmsnorm=fused")
     assert "rms_norm has no backend trition; did you mean triton?" in problems("rms_norm=trition")
-    assert "known are native, fused, apex, triton, reference" in problems("rms_norm=cuda")
+    assert "known are native, fused, apex, cuda, triton, reference" in problems("rms_norm=metal")
     assert 'write "OPERATION=BACKEND"' in problems("rms_norm")
     assert 'write "OPERATION=BACKEND"' in problems("=fused")
     assert "rms_norm is named 2 times" in problems("rms_norm=fused", "rms_norm=reference")

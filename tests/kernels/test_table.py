@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megacore.config.kernels import OPTIMIZER, backends
-from megacore.kernels import adamw, native, reference
+from megacore.kernels import adamw, native, reference, transformer_engine
 from megacore.kernels.choice import Choice, Kernel
 from megacore.kernels.linear import LinearKernel
 from megacore.kernels.operations import OPERATIONS, Arguments, Operation, cast, tensors_of
@@ -254,8 +254,9 @@ def test_every_operation_of_the_table_is_described() -> None:
 
 def test_the_config_reads_the_rows_as_they_are() -> None:
     called = {field.name for field in fields(Kernels)} | {OPTIMIZER}
+    rows = (*TABLE, transformer_engine.MODULES)
     assert backends() == {
-        operation: tuple(kernel.backend for kernel in TABLE if kernel.operation == operation)
+        operation: tuple(kernel.backend for kernel in rows if kernel.operation == operation)
         for operation in OPERATIONS
         if operation in called
     }
@@ -273,7 +274,8 @@ def test_of_every_backend_there_is_a_reason() -> None:
                 assert f"; not {kernel.backend}: " in line
     _, choices_named = resolve(CPU, torch.float32, {"rope": "reference"})
     (named,) = (line for line in explain(CPU, torch.float32, choices_named) if line.startswith("rope ("))
-    assert named == "rope (reference); not fused: kernels.use names another; not triton: kernels.use names another"
+    others = "; ".join(f"not {each}: kernels.use names another" for each in ("fused", "cuda", "triton"))
+    assert named == f"rope (reference); {others}"
     (rms_norm,) = (line for line in lines if line.startswith("rms_norm ("))
     (taken,) = (choice.backend for choice in choices if choice.operation == "rms_norm")
     assert rms_norm.endswith(f"; not reference: {taken} comes first")
@@ -283,10 +285,11 @@ def test_of_every_backend_there_is_a_reason() -> None:
 def test_of_every_package_it_is_said_whether_it_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "unavailable", lambda: "it is not built")
     lines = packages()
-    assert [line.partition(":")[0] for line in lines] == ["transformer-engine", "apex", "triton", "csrc/cpu"]
-    assert lines[-1] == "csrc/cpu: it is not built"
+    names = ["transformer-engine", "apex", "triton", "csrc/cpu", "csrc/cuda"]
+    assert [line.partition(":")[0] for line in lines] == names
+    assert lines[-2] == "csrc/cpu: it is not built"
     monkeypatch.setattr(native, "unavailable", lambda: "")
-    assert packages()[-1] == "csrc/cpu: found"
+    assert packages()[-2] == "csrc/cpu: found"
     if not torch.cuda.is_available():
         assert lines[0] == "transformer-engine: no CUDA device"
 
@@ -294,5 +297,5 @@ def test_of_every_package_it_is_said_whether_it_is_here(monkeypatch: pytest.Monk
 def test_strangers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"kernels: \['conv'\] are not operations; there are \['linear', 'rms_norm'"):
         resolve(CPU, torch.float32, {"conv": "reference"})
-    with pytest.raises(ValueError, match="kernels: no rope for .*: no backend 'cuda'"):
-        resolve(CPU, torch.float32, {"rope": "cuda"})
+    with pytest.raises(ValueError, match="kernels: no rope for .*: no backend 'metal'"):
+        resolve(CPU, torch.float32, {"rope": "metal"})

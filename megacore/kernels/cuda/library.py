@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 INTERFACE = 1
-"""As in csrc/cuda/ops.cpp: raised with every change of what is called, so that a library of other sources is refused."""
+"""As in csrc/cuda/ops.cpp: raised with every change of what is called; a library of other sources is refused."""
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
