@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megacore.bench.bubble import Bubble
+    from megacore.bench.calibrate import Point
     from megacore.bench.harness import AnyCase, Comparison
     from megacore.bench.kernels import Measured as Kernel
     from megacore.bench.optim import Measured
@@ -62,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     add_files(groups, common, cases, keys)
     add_steps(groups, common, cases, keys)
     add_layouts(groups)
+    add_calibrate(groups, common)
     return parser
 
 
@@ -171,6 +173,36 @@ def add_layouts(groups: Any) -> None:
     )
     layouts.add_argument("--output", required=True, metavar="FOLDER", help="results, also those of an earlier start")
     layouts.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def add_calibrate(groups: Any, common: Any) -> None:
+    """Parts of a step, for the planner."""
+    calibrate = groups.add_parser(
+        "calibrate",
+        parents=[common],
+        help="products, attention, memory, calls and collectives of this machine; writes what the planner reads",
+    )
+    calibrate.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is"
+    )
+    calibrate.add_argument("--dtype", action="append", metavar="NAME", help="fp32 or bf16; may be given again")
+    calibrate.add_argument(
+        "--ranks",
+        type=int,
+        action="append",
+        metavar="N",
+        help="of collectives; default 2 and 4, or on CUDA the machine's GPUs",
+    )
+    calibrate.add_argument("--rounds", type=int, default=15, help="timed calls of each collective (default 15)")
+    calibrate.add_argument("--machine", metavar="FILE", help="write a machine file for --machine of plan and layouts")
+    calibrate.set_defaults(measure=measure_calibrate, report="megacore.bench.calibrate_report", found="points")
+
+
+def measure_calibrate(arguments: argparse.Namespace) -> list["Point"]:
+    """Points of one process for each core, then of ranks together: each on fresh processes."""
+    from megacore.bench.calibrate_command import measure
+
+    return measure(arguments, ranks)
 
 
 def measure_data(arguments: argparse.Namespace) -> list["Comparison"]:

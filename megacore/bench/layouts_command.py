@@ -2,10 +2,13 @@
 
 import argparse
 import json
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 from megacore.bench.layout_trials import How, Results, Trial, as_timed, key_of, run_trial, sweep, trials_of
 from megacore.bench.layouts import as_dict, collect, compare, made_up_data, table, write
@@ -22,7 +25,8 @@ def run(arguments: argparse.Namespace, machine: Mapping[str, object]) -> tuple[s
     predicted = predict(trials, arguments.machine)  # first: what cannot be predicted is told before anything runs
     results = Results(folder / "layouts.jsonl", key_of(config), {"machine": dict(machine)})
     how = How(folder, arguments.steps, arguments.limit, arguments.launcher)
-    sweep(trials, arguments.rounds, results, lambda trial, number: run_trial(how, trial, number), sys.stderr.write)
+    with ending_trials():
+        sweep(trials, arguments.rounds, results, lambda trial, number: run_trial(how, trial, number), sys.stderr.write)
     found = collect(trials, results, predicted)
     about = {"machine": dict(machine), "predicted_with": arguments.machine or ""}
     write(folder, found, about)
@@ -32,6 +36,20 @@ def run(arguments: argparse.Namespace, machine: Mapping[str, object]) -> tuple[s
     ranking = compare(found)
     rows = [as_dict(one) for one in found]
     return json.dumps({**about, "ranking": None if ranking is None else vars(ranking), "layouts": rows}, indent=1), code
+
+
+@contextmanager
+def ending_trials() -> Iterator[None]:
+    """Who is told to end, ends the trial under way, too: SIGTERM unwinds like an interruption from the keyboard."""
+
+    def unwind(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def requested(arguments: argparse.Namespace) -> RunConfig:
