@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megacore.exits import raised_by_us
+from megacore.monitor.heartbeat import HUNG
 
 MAX_FRAMES = 6
 # What a rank says when another one has gone: gloo, NCCL, torch's store, and our own agreement on errors.
@@ -48,6 +49,9 @@ class Failure:
     @classmethod
     def of_exit(cls, rank: int, exitcode: int | None) -> "Failure":
         """A rank that ended without a word."""
+        if exitcode == HUNG:
+            text = "the heartbeat ended it, since the run stood still; what held it up was told before"
+            return cls(rank, "standstill", text, is_follow_up=True, when=time.monotonic())
         if exitcode is None or exitcode >= 0:
             return cls(rank, "exit", f"the process left with exit code {exitcode}", when=time.monotonic())
         name = signal.Signals(-exitcode).name

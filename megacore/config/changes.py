@@ -18,6 +18,7 @@ RULES: Mapping[str, str] = MappingProxyType(
         "checkpoint": SAFE,
         "kernels": SAFE,
         "log": SAFE,
+        "guard": SAFE,
         "out": SAFE,
         "train.steps": SAFE,  # where it moves the learning rate, optim.decay_steps differs, too
         "train.micro_batch_size": SAFE,
@@ -27,6 +28,7 @@ RULES: Mapping[str, str] = MappingProxyType(
         "train.eval_steps": SAFE,
         "model.init_std": SAFE,  # weights are there
         "model.init_scale_residual": SAFE,
+        "precision.fp8_gather": SAFE,
         "optim.offload": SAFE,
         "optim.offload_folder": SAFE,
         "data.cache": SAFE,

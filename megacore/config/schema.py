@@ -236,6 +236,9 @@ class PrecisionConfig:
     )
     fp8_skip_first: int = key(0, "with fp8: layers at the beginning that keep multiplying in `dtype`")
     fp8_skip_last: int = key(0, "with fp8: layers at the end that keep multiplying in `dtype`")
+    fp8_gather: bool = key(
+        False, "current or delayed, with zero: weights that are multiplied in FP8 also travel between the shards in FP8"
+    )
     fp8_history: int = key(1024, "delayed: steps whose largest elements set the scales")
     fp8_margin: int = key(0, "delayed: powers of two between the largest element and the end of the format")
     master: str = key(
@@ -331,6 +334,16 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What looks after a run that goes on."""
+
+    heartbeat: bool = key(True, "every rank beats once a second; rank 0 names who is silent or behind")
+    silent_s: float = key(8.0, "seconds after which a silent rank is named")
+    abort_s: float = key(60.0, "seconds after which the ranks end because one is silent, to be started again")
+    step_limit_s: float = key(600.0, "seconds without any progress after which the ranks end; 0: no limit")
+
+
+@dataclass(frozen=True)
 class KernelsConfig:
     """Which implementations of fused operations are taken."""
 
@@ -352,4 +365,5 @@ class RunConfig:
     data: DataConfig = key(DataConfig, "the corpus")
     checkpoint: CheckpointConfig = key(CheckpointConfig, "saving and resuming")
     log: LogConfig = key(LogConfig, "watching")
+    guard: GuardConfig = key(GuardConfig, "looking after a run")
     out: str = key("runs/run", "the run's folder")

@@ -50,13 +50,15 @@ class CommLog(list[CommRecord]):
     """All collectives of this rank in order. Handed to the mesh by who wants to count; nothing else fills it.
 
     ``keeps``: whether it takes note of them now; ``receives``: of both ends of messages, else of sends alone.
-    ``ranges``: makes each a range in a profile.
+    ``ranges``: makes each a range in a profile. ``begun`` and ``last`` are kept in any case: how many there were, and
+    (axis, operation) of the last.
     """
 
     def __init__(self, keeps: bool = True, receives: bool = False) -> None:
         super().__init__()
         self.keeps, self.receives = keeps, receives
         self.ranges: Ranges | None = None
+        self.begun, self.last = 0, ("", "")
 
     def totals(self) -> Counter[tuple[str, str]]:
         """How many collectives there were of each (axis, operation)."""
@@ -100,7 +102,11 @@ class Group:
 
     def record(self, operation: str, x: Tensor, num_elements: int | None = None, peer: int = -1) -> None:
         """Notes a collective or message, if anybody wants to know; ``num_elements``: where they are not x's."""
-        if self.log is not None and self.log.keeps:
+        if self.log is None:
+            return
+        self.log.begun += 1
+        self.log.last = (self.axis, operation)
+        if self.log.keeps:
             number = x.numel() if num_elements is None else num_elements
             self.log.append(CommRecord(self.axis, operation, number, x.dtype, _stream_of(x.device), peer))
 

@@ -16,6 +16,8 @@ class RankInfo:
     local_rank: int = 0
     local_world_size: int = 1
     rendezvous: str = ""
+    host: str = ""
+    """Where rank 0 is, if that may be another machine."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.local_world_size):
@@ -51,6 +53,7 @@ def _from_torchrun(environ: Mapping[str, str]) -> RankInfo:
         local_rank=_integer(environ, "LOCAL_RANK", "0"),
         local_world_size=_integer(environ, "LOCAL_WORLD_SIZE", str(_integer(environ, "LOCAL_RANK", "0") + 1)),
         rendezvous="env://",
+        host=environ.get("MASTER_ADDR", ""),
     )
 
 
@@ -66,6 +69,7 @@ def _from_slurm(environ: Mapping[str, str]) -> RankInfo:
         local_rank=_integer(environ, "SLURM_LOCALID"),
         local_world_size=tasks[_integer(environ, "SLURM_NODEID", "0")],
         rendezvous=f"tcp://{address}:{port}",
+        host=address,
     )
 
 

@@ -1,6 +1,7 @@
 """A run from its first step to its last: the loop that everything else serves."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from megacore.optim.learning_rate import learning_rate
 from megacore.pipeline.clock import Mark
 from megacore.train.build import Built, build, join
 from megacore.train.data import RunData, open_data, tokenizer_files
+from megacore.train.heart import Heart
 from megacore.train.keeping import Keeper
 from megacore.train.reporter import Reporter
 from megacore.train.step import StepResult
@@ -53,29 +55,30 @@ def run(
 ) -> int:
     """Build and walk the run; the exit code. A function of its own: all that holds a process group ends with it."""
     built = build(config, info, device, phases)
-    keeper = Keeper(built, built.failpoints)
-    with phases.time("state"):
-        resumed = keeper.resume()
-        fresh = resumed is None and config.checkpoint.init_from
-        weights = keeper.begin_from(config.checkpoint.init_from) if fresh else ""
-    with phases.time("data"):
-        start = (1, 0) if resumed is None else (resumed.step + 1, resumed.samples)
-        data = open_data(config, built.mesh, start)
-        if resumed is not None:
-            keeper.check_data(resumed, data)
-    keeper.prepare(tokenizer_files(config.data.tokenizer))
-    watching = Watching(built)
-    reporter = Reporter.open(config, built.mesh, colour, width, resumed)
-    try:
-        reporter.start(built, data, phases, weights, remarks)
-        return Loop(built, data, reporter, keeper, wishes, watching).run(start[0])
-    except BaseException as error:
-        reporter.fault(error)
-        raise
-    finally:
-        watching.close()
-        keeper.close()
-        reporter.close()
+    with closing(Heart(config, info, built.mesh)) as heart:
+        keeper = Keeper(built, built.failpoints)
+        with phases.time("state"):
+            resumed = keeper.resume()
+            fresh = resumed is None and config.checkpoint.init_from
+            weights = keeper.begin_from(config.checkpoint.init_from) if fresh else ""
+        with phases.time("data"):
+            start = (1, 0) if resumed is None else (resumed.step + 1, resumed.samples)
+            data = open_data(config, built.mesh, start)
+            if resumed is not None:
+                keeper.check_data(resumed, data)
+        keeper.prepare(tokenizer_files(config.data.tokenizer))
+        watching = Watching(built)
+        reporter = Reporter.open(config, built.mesh, colour, width, resumed)
+        try:
+            reporter.start(built, data, phases, weights, remarks)
+            return Loop(built, data, reporter, keeper, wishes, watching, heart).run(start[0])
+        except BaseException as error:
+            reporter.fault(error)
+            raise
+        finally:
+            watching.close()
+            keeper.close()
+            reporter.close()
 
 
 @dataclass
@@ -95,10 +98,17 @@ class Loop:
     """Walks the steps of a built run."""
 
     def __init__(
-        self, built: Built, data: RunData, reporter: Reporter, keeper: Keeper, wishes: Wishes, watching: Watching
+        self,
+        built: Built,
+        data: RunData,
+        reporter: Reporter,
+        keeper: Keeper,
+        wishes: Wishes,
+        watching: Watching,
+        heart: Heart,
     ) -> None:
         self.built, self.data, self.reporter, self.keeper, self.config = built, data, reporter, keeper, built.config
-        self.wishes, self.watching = wishes, watching
+        self.wishes, self.watching, self.heart = wishes, watching, heart
         built.trainer.wishes = wishes.now
         self.late: Late | None = None
 
@@ -108,6 +118,7 @@ class Loop:
         c, device = self.config, self.built.mesh.device
         began = Mark(device)
         for step in range(first_step, c.train.steps + 1):
+            self.heart.step(step)
             self.built.failpoints.begin(step)
             batch = self.data.plan.batch(step)
             microbatches = self.data.feed.step(step)
@@ -127,18 +138,22 @@ class Loop:
             saves = self.due(c.checkpoint.save_every, step) or self.due(c.checkpoint.export_hf_every, step)
             val_loss = None
             if evaluates and not asked.stop:
+                self.heart.does("evaluation")
                 self.late.val_loss = val_loss = self.evaluate()
             stops = asked.stop or (evaluates and val_loss is None)
             if samples and not stops:
+                self.heart.does("sampling")
                 self.flush()
                 self.sample(step)
             self.keeper.poll(self.reporter)
             if saves or stops or asked.save:
+                self.heart.does("saving")
                 self.save(step, val_loss)
             if stops and step < c.train.steps:
                 return self.stop(step)
             # a step lasts from the end of the one before, but for what is no training
             began = Mark(device) if evaluates or samples or saves or looked else ended
+        self.heart.does("the end")
         self.flush()
         self.keeper.finish(self.reporter)
         self.reporter.finish()
@@ -154,7 +169,7 @@ class Loop:
         """Leave after ``step``, which is saved, as was asked; returns the exit code."""
         self.keeper.finish(self.reporter)
         self.wishes.stopped()
-        self.reporter.stopped(step, self.data.plan.num_samples(step), self.wishes.heard)
+        self.reporter.stopped(step, self.wishes.heard)
         return STOPPED
 
     def due(self, every: int, step: int) -> bool:

@@ -47,7 +47,8 @@ def bad_override(rng):
         return f"{key}={rng.choice(all_keys()[key].metadata['choices'])}x", key
     if kind == "bound":
         key = rng.choice(sorted(BOUNDS))
-        return f"{key}={BOUNDS[key].low - rng.randint(1, 9)}", key
+        below = rng.randint(2, 9)  # -1 may have a meaning of its own
+        return f"{key}={BOUNDS[key].low - below}", key
     if kind == "section":
         section = rng.choice(("model", "parallel", "optim", "data", "model.rope_scaling"))
         return f"{section}={rng.choice(('3', 'x', 'true', '[1]'))}", section
