@@ -113,11 +113,13 @@ class _Prices:
         self.cut = Cut(layout.tp, layout.ep, layout.etp, layout.zero, shards, max(1, layout.edp // layout.dp_replicate))
         block = (
             t.seq_len, t.micro_batch_size, layout.tp, p.sequence_parallel, p.recompute, self.item, p.regather_inputs,
-            layout.zero >= 2, layout.cp, layout.etp, practice.attention,
+            layout.zero >= 2, layout.cp, layout.etp, practice.attention, practice.selective,
+            practice.fp8_inputs and config.precision.fp8 != "off",
         )  # fmt: skip
         waiting = [_waiting(model, kind, *block) for kind in self.kinds]
         columns = [np.array(column, dtype=np.int64) for column in zip(*waiting, strict=True)]
         self.kept, self.late, self.host = (self.counts @ column for column in columns[:3])
+        self.kept = self.kept + practice.parcels * self.parcel
         self.put_off, self.working = columns[1], columns[3]
 
     def of_rank(self, live: Live, microbatches: int) -> RankMemory:
@@ -193,10 +195,14 @@ class _Prices:
 
     def buffers(self, live: Live, units: list[tuple[UnitSizes, int]], microbatches: int, last: int) -> int:
         """What travels, is gathered, or is kept for use again."""
-        practice, policy = self.practice, ShardingPolicy.of(self.layout.zero)
-        total = microbatches * self.tokens * INPUT_BYTES + (MESSAGES * self.parcel if self.layout.pp > 1 else 0)
-        of_grad = practice.grad_bytes or max(self.item, STATISTIC_BYTES)
+        practice, layout, policy = self.practice, self.layout, ShardingPolicy.of(self.layout.zero)
+        total = microbatches * self.tokens * INPUT_BYTES + (MESSAGES * self.parcel if layout.pp > 1 else 0)
+        total += int(practice.buffer_gb * 1e9)
+        of_grad = practice.unit_grad_bytes or practice.grad_bytes or max(self.item, STATISTIC_BYTES)
         for sizes, number in units:
+            if practice.whole_units and layout.pp > 1 and policy.params:
+                total += int((of_grad + self.item) * sizes.numel) * number
+                continue
             if policy.grads:
                 total += int(of_grad * sizes.numel) * min(UNITS_OF_GRADS, number)
                 total += int(of_grad * sizes.numel / self.cut.shards) * min(UNITS_OF_GRADS - 1, number)  # their sums
@@ -237,6 +243,8 @@ def _waiting(
     cp: int,
     etp: int,
     attention: str,
+    selective: str,
+    fp8_inputs: bool,
 ) -> _Waiting:
     sample = (seq_len, micro_batch_size, tp)
     late = late_bytes(model, *sample, item, layer, cp, etp)
@@ -244,11 +252,36 @@ def _waiting(
         return _explicit(model, *sample, sequence, recompute, item, layer, cp, late)
     kept = activation_bytes(model, *sample, sequence, recompute, item, regather, by_unit, layer, cp, etp)
     working = working_bytes(model, *sample, sequence, recompute, item, layer, cp, etp)
+    if recompute == "selective" and selective == "matmuls":
+        kept = _every_other_product(model, *sample, sequence, item, cp)
+        whole = activation_bytes(model, *sample, sequence, "none", item, regather, by_unit, layer, cp, etp)
+        working += whole - kept
+    if fp8_inputs and recompute in ("none", "selective"):
+        kept -= _saved_by_codes(model, *sample, sequence and regather, item, cp)
     host = 0
     if recompute == "offload":
         host = host_activation_bytes(model, *sample, sequence, item, regather, layer, cp, etp)
         working += host  # the block that comes next is on its way
     return _Waiting(kept, late, host, working)
+
+
+def _every_other_product(
+    model: ModelConfig, seq_len: int, micro_batch_size: int, tp: int, sequence: bool, item: int, cp: int
+) -> int:
+    """The block's input, queries, values, attention's output, one of the two wide products and the narrow one."""
+    tokens = seq_len * micro_batch_size // cp
+    heads, kv = model.num_heads // tp, max(1, model.num_kv_heads // tp)
+    inside = (2 * heads + kv) * model.head_dim + model.ffn_hidden_size // tp
+    outside = 2 * model.hidden_size // (tp if sequence else 1)
+    return tokens * ((inside + outside) * item + heads * STATISTIC_BYTES)
+
+
+def _saved_by_codes(
+    model: ModelConfig, seq_len: int, micro_batch_size: int, tp: int, sharded: bool, item: int, cp: int
+) -> int:
+    """What a block's four inputs of products take less in 8 bits."""
+    inside = (model.num_heads * model.head_dim + model.ffn_hidden_size) // tp
+    return seq_len * micro_batch_size // cp * (inside + 2 * model.hidden_size // (tp if sharded else 1)) * (item - 1)
 
 
 def _explicit(

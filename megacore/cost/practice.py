@@ -10,8 +10,12 @@ class Practice:
     Memory. ``attention`` is fused, or explicit: scores in 16 bits are kept, with a byte for the mask of dropout.
     ``param_bytes``, ``grad_bytes`` and ``optimizer_bytes`` are of an element as a rank keeps it (master weights belong
     to the optimizer, or to the parameters where there is no second copy). ``logit_bytes`` is what one logit takes at
-    the peak of the loss. ``waste`` is the share of activations and buffers that the allocator holds beyond them;
-    ``context_gb`` what the driver, libraries and NCCL take for themselves.
+    the peak of the loss. What ``selective`` recomputation makes again is the core of attention, or all but every other
+    product of matrices ("matmuls": torchtitan's). ``unit_grad_bytes`` are of a gradient until it is summed, where ZeRO
+    keeps only a part of the sums; with ``whole_units`` a pipeline keeps whole parameters and gradients through a step
+    all the same. ``parcels`` are kept of a microbatch beyond its activations; ``fp8_inputs``: of what FP8 multiplies
+    only codes are kept. ``buffer_gb`` are buckets of a fixed size. ``waste`` is the share of activations and buffers
+    that the allocator holds beyond them; ``context_gb`` what the driver, libraries and NCCL take for themselves.
     """
 
     attention: str = "fused"
@@ -20,6 +24,12 @@ class Practice:
     optimizer_bytes: float = 0.0
     shards_over_cp: bool = False
     logit_bytes: float = 0.0
+    selective: str = "core"
+    unit_grad_bytes: float = 0.0
+    whole_units: bool = False
+    parcels: int = 0
+    fp8_inputs: bool = False
+    buffer_gb: float = 0.0
     waste: float = 0.05
     context_gb: float = 2.0
 
