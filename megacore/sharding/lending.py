@@ -6,6 +6,7 @@ addresses stay few.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from heapq import heappop, heappush
 
 import torch
 from torch import Tensor, nn
@@ -30,18 +31,28 @@ def add_to_main_grad(param: Tensor) -> None:
 
 
 class Buffers:
-    """Tensors that come back: ``take`` one of a size, ``give`` it back."""
+    """Tensors that come back: ``take`` one of a size, ``give`` it back.
+
+    Of those that are free the first that was made is taken: so a step that takes and gives in the order of the one
+    before gets the same memory in the same places.
+    """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
-        self.spare: dict[int, list[Tensor]] = {}
+        self.made: dict[int, list[Tensor]] = {}
+        self.spare: dict[int, list[int]] = {}
+        """By size, the numbers of those that are free, as a heap."""
 
     def take(self, size: int) -> Tensor:
-        spare = self.spare.setdefault(size, [])
-        return spare.pop() if spare else torch.empty(size, dtype=self.dtype, device=self.device)
+        made, spare = self.made.setdefault(size, []), self.spare.setdefault(size, [])
+        if not spare:
+            made.append(torch.empty(size, dtype=self.dtype, device=self.device))
+            return made[-1]
+        return made[heappop(spare)]
 
     def give(self, buffer: Tensor) -> None:
-        self.spare[len(buffer)].append(buffer)
+        number = next(place for place, each in enumerate(self.made[len(buffer)]) if each is buffer)
+        heappush(self.spare[len(buffer)], number)
 
 
 class Lending:
