@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from megacore.mesh.mesh import ParallelMesh
 from megacore.mesh.messages import exchange_start
 from megacore.mesh.rank_info import RankInfo
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = MappingProxyType({"fp32": torch.float32, "bf16": torch.bfloat16})
 
 SAMPLE_S = 0.02
 """What is shorter is repeated within a sample, until it lasts this long."""

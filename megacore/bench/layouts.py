@@ -1,7 +1,5 @@
 """`megacore bench layouts`, second part: what a sweep found, beside what the planner predicts of it."""
 
-import csv
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -204,18 +202,3 @@ def words(ranking: Ranking) -> str:
 def as_dict(one: Measured) -> dict[str, Any]:
     """Plain data, with every round."""
     return {**one.row(), "seconds": list(one.rounds)}
-
-
-def write(folder: Path, found: Sequence[Measured], about: Mapping[str, Any]) -> list[Path]:
-    """Write layouts.json, layouts.csv and, with matplotlib, layouts.svg; returns the paths."""
-    from megacore.bench.layouts_picture import draw
-
-    ranking = compare(found)
-    rows = [as_dict(one) for one in found]
-    everything = {**about, "ranking": None if ranking is None else vars(ranking), "layouts": rows}
-    as_json, as_csv, picture = (folder / f"layouts.{end}" for end in ("json", "csv", "svg"))
-    as_json.write_text(json.dumps(everything, indent=1) + "\n")
-    with as_csv.open("w", newline="") as file:
-        lines = [[row[column] for column in COLUMNS] for row in rows]
-        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *lines])
-    return [as_json, as_csv, *([picture] if draw(found, picture) else [])]

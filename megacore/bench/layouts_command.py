@@ -1,6 +1,7 @@
 """The course of `megacore bench layouts`: trials, sweep, predictions, table and files."""
 
 import argparse
+import csv
 import json
 import signal
 import sys
@@ -9,9 +10,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from megacore.bench.layout_trials import How, Results, Trial, as_timed, key_of, run_trial, sweep, trials_of
-from megacore.bench.layouts import as_dict, collect, compare, made_up_data, table, write
+from megacore.bench.layouts import COLUMNS, Measured, as_dict, collect, compare, made_up_data, table
+from megacore.bench.layouts_picture import draw
 from megacore.config.load import load
 from megacore.config.resolve import resolve
 from megacore.config.schema import RunConfig
@@ -50,6 +53,19 @@ def ending_trials() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def write(folder: Path, found: Sequence[Measured], about: Mapping[str, Any]) -> list[Path]:
+    """Write layouts.json, layouts.csv and, with matplotlib, layouts.svg; returns the paths."""
+    ranking = compare(found)
+    rows = [as_dict(one) for one in found]
+    everything = {**about, "ranking": None if ranking is None else vars(ranking), "layouts": rows}
+    as_json, as_csv, picture = (folder / f"layouts.{end}" for end in ("json", "csv", "svg"))
+    as_json.write_text(json.dumps(everything, indent=1) + "\n")
+    with as_csv.open("w", newline="") as file:
+        lines = [[row[column] for column in COLUMNS] for row in rows]
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *lines])
+    return [as_json, as_csv, *([picture] if draw(found, picture) else [])]
 
 
 def requested(arguments: argparse.Namespace) -> RunConfig:

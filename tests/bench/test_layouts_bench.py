@@ -21,7 +21,8 @@ from megacore.bench.layout_trials import (
     trials_of,
     why,
 )
-from megacore.bench.layouts import collect, compare, kendall_tau, made_up_data, table, write
+from megacore.bench.layouts import collect, compare, kendall_tau, made_up_data, table
+from megacore.bench.layouts_command import write
 from megacore.config.errors import ConfigError
 from megacore.config.load import load
 from megacore.config.schema import RunConfig
