@@ -6,25 +6,21 @@ block needs while it goes through it, and what travels. All of it is looked up b
 more layout takes little.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megacore.config.schema import ModelConfig, RunConfig
+from megacore.config.schema import RunConfig
 from megacore.cost.live import Live, live_of_kind
 from megacore.cost.practice import OURS, Practice
 from megacore.cost.states import Cut, Unit, UnitSizes, kinds_of, layers_of, sizes_of
+from megacore.cost.waiting import Way, waiting
 from megacore.layout.layout import Layout
 from megacore.layout.policy import ShardingPolicy
 from megacore.spec.activations import (
     STATISTIC_BYTES,
-    activation_bytes,
-    host_activation_bytes,
-    late_bytes,
-    working_bytes,
 )
 from megacore.spec.fp8 import fp8_history_bytes
 from megacore.spec.memory import ITEM_BYTES
@@ -86,16 +82,6 @@ def memory_by_rank(config: RunConfig, layout: Layout, practice: Practice = OURS)
     return tuple(prices.of_rank(live, microbatches) for live in lives)
 
 
-class _Waiting(NamedTuple):
-    """Bytes of one microbatch in one block: what waits for backward, for weight gradients, in host memory; and what it
-    takes more while it goes through backward."""
-
-    kept: int
-    late: int
-    host: int
-    working: int
-
-
 class _Prices:
     """What the units of one layout cost: looked up once, then summed for each pipeline rank."""
 
@@ -111,13 +97,23 @@ class _Prices:
         self.kinds, self.counts = _counts_of(kinds, layers_of(model, t.seq_len, layout.num_stages, p.stage_layers))
         shards = layout.dp_shard * (layout.cp if practice.shards_over_cp else 1)
         self.cut = Cut(layout.tp, layout.ep, layout.etp, layout.zero, shards, max(1, layout.edp // layout.dp_replicate))
-        block = (
-            t.seq_len, t.micro_batch_size, layout.tp, p.sequence_parallel, p.recompute, self.item, p.regather_inputs,
-            layout.zero >= 2, layout.cp, layout.etp, practice.attention, practice.selective,
-            practice.fp8_inputs and config.precision.fp8 != "off",
-        )  # fmt: skip
-        waiting = [_waiting(model, kind, *block) for kind in self.kinds]
-        columns = [np.array(column, dtype=np.int64) for column in zip(*waiting, strict=True)]
+        way = Way(
+            seq_len=t.seq_len,
+            micro_batch_size=t.micro_batch_size,
+            tp=layout.tp,
+            sequence=p.sequence_parallel,
+            recompute=p.recompute,
+            item=self.item,
+            regather=p.regather_inputs,
+            by_unit=layout.zero >= 2,
+            cp=layout.cp,
+            etp=layout.etp,
+            attention=practice.attention,
+            selective=practice.selective,
+            codes_only=practice.fp8_inputs and config.precision.fp8 != "off",
+        )
+        blocks = [waiting(model, kind, way) for kind in self.kinds]
+        columns = [np.array(column, dtype=np.int64) for column in zip(*blocks, strict=True)]
         self.kept, self.late, self.host = (self.counts @ column for column in columns[:3])
         self.kept = self.kept + practice.parcels * self.parcel
         self.put_off, self.working = columns[1], columns[3]
@@ -226,89 +222,3 @@ def _counts_of(kinds: tuple[int, ...], stages: tuple[range, ...]) -> tuple[tuple
         for layer in layers:
             counts[stage, present.index(kinds[layer])] += 1
     return tuple(present), counts
-
-
-@cache
-def _waiting(
-    model: ModelConfig,
-    layer: int,
-    seq_len: int,
-    micro_batch_size: int,
-    tp: int,
-    sequence: bool,
-    recompute: str,
-    item: int,
-    regather: bool,
-    by_unit: bool,
-    cp: int,
-    etp: int,
-    attention: str,
-    selective: str,
-    fp8_inputs: bool,
-) -> _Waiting:
-    sample = (seq_len, micro_batch_size, tp)
-    late = late_bytes(model, *sample, item, layer, cp, etp)
-    if attention == "explicit":
-        return _explicit(model, *sample, sequence, recompute, item, layer, cp, late)
-    kept = activation_bytes(model, *sample, sequence, recompute, item, regather, by_unit, layer, cp, etp)
-    working = working_bytes(model, *sample, sequence, recompute, item, layer, cp, etp)
-    if recompute == "selective" and selective == "matmuls":
-        kept = _every_other_product(model, *sample, sequence, item, cp)
-        whole = activation_bytes(model, *sample, sequence, "none", item, regather, by_unit, layer, cp, etp)
-        working += whole - kept
-    if fp8_inputs and recompute in ("none", "selective"):
-        kept -= _saved_by_codes(model, *sample, sequence and regather, item, cp)
-    host = 0
-    if recompute == "offload":
-        host = host_activation_bytes(model, *sample, sequence, item, regather, layer, cp, etp)
-        working += host  # the block that comes next is on its way
-    return _Waiting(kept, late, host, working)
-
-
-def _every_other_product(
-    model: ModelConfig, seq_len: int, micro_batch_size: int, tp: int, sequence: bool, item: int, cp: int
-) -> int:
-    """The block's input, queries, values, attention's output, one of the two wide products and the narrow one."""
-    tokens = seq_len * micro_batch_size // cp
-    heads, kv = model.num_heads // tp, max(1, model.num_kv_heads // tp)
-    inside = (2 * heads + kv) * model.head_dim + model.ffn_hidden_size // tp
-    outside = 2 * model.hidden_size // (tp if sequence else 1)
-    return tokens * ((inside + outside) * item + heads * STATISTIC_BYTES)
-
-
-def _saved_by_codes(
-    model: ModelConfig, seq_len: int, micro_batch_size: int, tp: int, sharded: bool, item: int, cp: int
-) -> int:
-    """What a block's four inputs of products take less in 8 bits."""
-    inside = (model.num_heads * model.head_dim + model.ffn_hidden_size) // tp
-    return seq_len * micro_batch_size // cp * (inside + 2 * model.hidden_size // (tp if sharded else 1)) * (item - 1)
-
-
-def _explicit(
-    model: ModelConfig,
-    seq_len: int,
-    micro_batch_size: int,
-    tp: int,
-    sequence: bool,
-    recompute: str,
-    item: int,
-    layer: int,
-    cp: int,
-    late: int,
-) -> _Waiting:
-    """As software before fused attention: of each score the softmax in 16 bits, and of dropout a mask of one byte and
-    what it leaves (Korthikanti et al. 2022, equation 1)."""
-    plain = replace(model, dropout=0.0, attention_dropout=0.0)
-    sample = (seq_len, micro_batch_size, tp, sequence)
-    tokens = seq_len * micro_batch_size // cp
-    masks = 2 * tokens // (tp if sequence else 1) * model.hidden_size if model.dropout else 0
-    scores = tokens * seq_len * (model.num_heads // tp)
-    of_scores = scores * (item + (item + 1 if model.attention_dropout else 0))
-    whole = activation_bytes(plain, *sample, "none", item, layer=layer, cp=cp) + masks + of_scores
-    kept = {
-        "none": whole,
-        "selective": activation_bytes(plain, *sample, "selective", item, layer=layer, cp=cp) + masks,
-    }.get(recompute, activation_bytes(plain, *sample, "full", item, layer=layer, cp=cp))
-    working = working_bytes(plain, *sample, "none", item, layer, cp)
-    remade = whole - kept if recompute != "selective" else of_scores
-    return _Waiting(kept, late, 0, max(remade + working, remade + 2 * scores * item))

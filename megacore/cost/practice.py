@@ -7,7 +7,8 @@ from dataclasses import dataclass
 class Practice:
     """Numbers of 0 mean: as our engine has it for the run's formats.
 
-    Memory. ``attention`` is fused, or explicit: scores in 16 bits are kept, with a byte for the mask of dropout.
+    Memory. ``attention`` is fused, or explicit: scores in 16 bits are kept, with a byte for the mask of dropout, and so
+    are all masks; as ``fused-masks`` these are, but no scores.
     ``param_bytes``, ``grad_bytes`` and ``optimizer_bytes`` are of an element as a rank keeps it (master weights belong
     to the optimizer, or to the parameters where there is no second copy). ``logit_bytes`` is what one logit takes at
     the peak of the loss. What ``selective`` recomputation makes again is the core of attention, or all but every other
