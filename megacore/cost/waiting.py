@@ -71,8 +71,10 @@ class Way:
 
     def host(self, model: ModelConfig, layer: int) -> int:
         """Our engine's."""
-        cut = (self.sequence, self.item, self.regather, layer, self.cp, self.etp)
-        return host_activation_bytes(model, *self._sample, *cut) if self.recompute == "offload" else 0
+        if self.recompute != "offload":
+            return 0
+        tail = (self.item, self.regather, layer, self.cp, self.etp)
+        return host_activation_bytes(model, *self._sample, self.sequence, *tail)
 
 
 @cache
