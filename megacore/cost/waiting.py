@@ -52,29 +52,39 @@ class Way:
         """On one rank, outside of them."""
         return self.tokens // self.tp if self.sequence else self.tokens
 
-    @property
-    def _sample(self) -> tuple[int, int, int]:
-        return self.seq_len, self.micro_batch_size, self.tp
-
     def kept(self, model: ModelConfig, layer: int, recompute: str) -> int:
         """Our engine's bytes."""
-        cut = (self.sequence, recompute, self.item, self.regather, self.by_unit, layer, self.cp, self.etp)
-        return activation_bytes(model, *self._sample, *cut)
+        return activation_bytes(
+            model,
+            self.seq_len,
+            self.micro_batch_size,
+            self.tp,
+            self.sequence,
+            recompute,
+            self.item,
+            self.regather,
+            self.by_unit,
+            layer,
+            self.cp,
+            self.etp,
+        )
 
     def working(self, model: ModelConfig, layer: int, recompute: str) -> int:
         """Our engine's."""
-        return working_bytes(model, *self._sample, self.sequence, recompute, self.item, layer, self.cp, self.etp)
+        sample = (self.seq_len, self.micro_batch_size, self.tp)
+        return working_bytes(model, *sample, self.sequence, recompute, self.item, layer, self.cp, self.etp)
 
     def late(self, model: ModelConfig, layer: int) -> int:
         """Our engine's."""
-        return late_bytes(model, *self._sample, self.item, layer, self.cp, self.etp)
+        sample = (self.seq_len, self.micro_batch_size, self.tp)
+        return late_bytes(model, *sample, self.item, layer, self.cp, self.etp)
 
     def host(self, model: ModelConfig, layer: int) -> int:
         """Our engine's."""
         if self.recompute != "offload":
             return 0
-        tail = (self.item, self.regather, layer, self.cp, self.etp)
-        return host_activation_bytes(model, *self._sample, self.sequence, *tail)
+        sample = (self.seq_len, self.micro_batch_size, self.tp)
+        return host_activation_bytes(model, *sample, self.sequence, self.item, self.regather, layer, self.cp, self.etp)
 
 
 @cache
