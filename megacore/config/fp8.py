@@ -3,13 +3,17 @@
 from collections.abc import Iterator
 from dataclasses import fields
 
+from megacore.config.kernels import wanted
 from megacore.config.resolve import GATED, resolve_model
 from megacore.config.schema import ModelConfig, PrecisionConfig, RunConfig
+
+TRANSFORMER_ENGINE = "transformer-engine"
+"""The backend of linear layers whose modules multiply in FP8 by themselves."""
 
 MULTIPLE = 16
 """What tensor cores want sizes to be multiples of: ``kernels.fp8.products.MULTIPLE``."""
 
-FOR_ANY, FOR_DELAYED = ("fp8_skip_first", "fp8_skip_last"), ("fp8_history", "fp8_margin")
+FOR_ANY, FOR_DELAYED = ("fp8_skip_first", "fp8_skip_last", "fp8_gather"), ("fp8_history", "fp8_margin")
 
 
 def fp8_problems(config: RunConfig) -> Iterator[str]:
@@ -27,8 +31,28 @@ def fp8_problems(config: RunConfig) -> Iterator[str]:
             f"precision.fp8_skip_first={p.fp8_skip_first} and fp8_skip_last={p.fp8_skip_last} leave none of "
             f"model.num_layers={num_layers} to precision.fp8={p.fp8}; skip fewer, or use fp8=off"
         )
+    yield from _gather(config)
     if config.model.head_dim or not config.model.hidden_size % config.model.num_heads:
         yield from _shapes(resolve_model(config.model, config.train.seq_len), config)
+
+
+def _gather(config: RunConfig) -> Iterator[str]:
+    """What weights that travel in FP8 need."""
+    p, linear = config.precision, wanted(config.kernels.use).get("linear", "")
+    if not p.fp8_gather:
+        return
+    what = "precision.fp8_gather=true"
+    if p.fp8 == "block":
+        yield f"{what} needs one scale per weight, which precision.fp8=block has not; use current or delayed"
+    if config.parallel.zero == 0:
+        yield f"{what} needs shards to gather from, which parallel.zero=0 has not; use zero=1 or more, or leave it out"
+    if config.log.statistics_every:
+        yield (
+            f"{what} leaves no weights to measure products in FP8 against, as "
+            f"log.statistics_every={config.log.statistics_every} does; leave one of them out"
+        )
+    if linear == TRANSFORMER_ENGINE:
+        yield f"{what} is for our own products in FP8, not those of kernels.use=linear={linear}; leave one of them out"
 
 
 def _idle(p: PrecisionConfig) -> Iterator[str]:

@@ -2,11 +2,9 @@
 
 from collections.abc import Iterator
 
-from megacore.config.fp8 import MULTIPLE
+from megacore.config.fp8 import MULTIPLE, TRANSFORMER_ENGINE
 from megacore.config.kernels import wanted
 from megacore.config.schema import RunConfig
-
-TRANSFORMER_ENGINE = "transformer-engine"
 
 
 def uses_modules(config: RunConfig) -> bool:

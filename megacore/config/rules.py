@@ -414,7 +414,13 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_clipping, ("optim.clip", "optim.clip_grad")),
     (_param_groups, ("optim.groups",)),
     (_precision, ("precision",)),
-    (_fp8, ("model", "parallel.tp", "precision", "train.seq_len", "train.micro_batch_size")),
+    (
+        _fp8,
+        (
+            *("model", "parallel.tp", "parallel.zero", "precision", "kernels.use", "log.statistics_every"),
+            *("train.seq_len", "train.micro_batch_size"),
+        ),
+    ),
     (_kernels, ("kernels.use", "kernels.compile", "model", "optim.name", "parallel.tp")),
     (_modules, ("kernels.use", "parallel", "precision", "train.seq_len", "train.micro_batch_size")),
     (_softcap, ("model.logit_softcap", "train.label_smoothing", "precision.dtype")),

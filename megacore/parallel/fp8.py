@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from weakref import ref
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from megacore.kernels.fp8.formats import Scaled
 from megacore.kernels.fp8.products import Product
-from megacore.kernels.fp8.recipes import Delayed, Recipe, Role
+from megacore.kernels.fp8.recipes import Current, Delayed, Recipe, Role
 from megacore.kernels.linear import LinearKernel
 from megacore.mesh.collectives import all_reduce
 from megacore.mesh.group import Group
@@ -106,6 +107,21 @@ class Fp8:
             number = self.numbers.get(name.removesuffix(".weight"), -1)
             self.weights.pop(number, None)
             self.transposed.pop(number, None)
+
+    def scales_of(self, names: Sequence[str]) -> Callable[[Tensor], Tensor]:
+        """The largest elements of these weights [n] to their scales [n], when there are new weights."""
+        assert isinstance(self.recipe, Current | Delayed), "scaled as a whole"
+        numbers = [self.numbers[name.removesuffix(".weight")] for name in names]
+        return partial(self.recipe.scales_of_weights, torch.tensor(numbers, device=self.powers.device))
+
+    def encode(self, x: Tensor, scale: Tensor) -> Tensor:
+        """A part of a weight, flat, in E4M3."""
+        assert isinstance(self.recipe, Current | Delayed), "scaled as a whole"
+        return self.recipe.kernel(x[None], scale, False)[0][0]
+
+    def take(self, name: str, codes: Tensor, inverse: Tensor) -> None:
+        """A weight's codes [out, in] were made elsewhere."""
+        self.weights[self.numbers[name.removesuffix(".weight")]] = Scaled(codes, inverse)
 
     def state(self) -> Mapping[str, Tensor]:
         """What a checkpoint must hold, the same on all ranks, and a resumed run writes back into these very tensors

@@ -5,8 +5,9 @@ whole only from the start of its backward until their sum has begun. Buffers of 
 addresses stay few.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from heapq import heappop, heappush
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,20 @@ class Buffers:
         heappush(self.spare[len(buffer)], number)
 
 
+class Elsewhere(Protocol):
+    """Who brings some buckets in another form."""
+
+    @property
+    def buckets(self) -> Container[int]:
+        """Which."""
+
+    def gather(self, bucket: int) -> Pending:
+        """Begin to bring one; when it is waited for, all is in its place."""
+
+    def release(self, bucket: int) -> None:
+        """Nobody uses it any more."""
+
+
 class Lending:
     """The buckets of a layout, each lent as a whole while somebody uses it."""
 
@@ -66,9 +81,12 @@ class Lending:
         shards: Group,
         params: Tensor,
         grad_dtype: torch.dtype,
+        codes: Elsewhere | None = None,
     ) -> None:
-        """``names`` are each bucket's parameters, ``params`` this rank's pieces of all buckets, end to end."""
+        """``names`` are each bucket's parameters, ``params`` this rank's pieces of all buckets, end to end. ``codes``
+        brings the buckets that it has."""
         self.layout, self.parameters, self.shards, self.params = layout, parameters, shards, params
+        self.codes = codes
         slots = {slot.name: slot for slot in layout.slots}
         self.slots: list[list[Slot]] = [[slots[name] for name in group] for group in names]
         self.param_buffers = Buffers(params.dtype, params.device)
@@ -84,7 +102,9 @@ class Lending:
     def gather(self, bucket: int) -> None:
         """Begin to bring a bucket's parameters; each call is answered by one of ``free``."""
         self.users[bucket] += 1
-        if self.users[bucket] == 1:
+        if self.users[bucket] == 1 and self.codes is not None and bucket in self.codes.buckets:
+            self.coming[bucket] = self.codes.gather(bucket)
+        elif self.users[bucket] == 1:
             start, end = self.layout.buckets[bucket]
             own = self.params[start // self.shards.size : end // self.shards.size]
             buffer = self.here[bucket] = self.param_buffers.take(end - start)
@@ -95,6 +115,8 @@ class Lending:
         if bucket not in self.coming:
             return
         self.coming.pop(bucket).wait()
+        if bucket not in self.here:  # codes, which are in their places
+            return
         start, _ = self.layout.buckets[bucket]
         for slot in self.slots[bucket]:
             self.parameters[slot.name].data = slot.of(self.here[bucket], start)
@@ -104,7 +126,10 @@ class Lending:
         self.users[bucket] -= 1
         if self.users[bucket] == 0:
             self.arrive(bucket)
-            self.param_buffers.give(self.here.pop(bucket))
+            if bucket in self.here:
+                self.param_buffers.give(self.here.pop(bucket))
+            elif self.codes is not None:
+                self.codes.release(bucket)
             for slot in self.slots[bucket]:
                 hide(self.parameters[slot.name], slot)
             self.on_free(slot.name for slot in self.slots[bucket])

@@ -18,7 +18,7 @@ heads are summed last, on runs, in one message each.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,7 @@ from megacore.layout.shards import Run, piece_of, runs_of
 from megacore.mesh.collectives import all_gather_start, all_reduce, all_reduce_start, reduce_scatter_start
 from megacore.mesh.group import Group, Pending
 from megacore.mesh.mesh import ParallelMesh
+from megacore.sharding.codes import Coder, Codes
 from megacore.sharding.flat import FlatBuffer
 from megacore.sharding.lending import Lending, add_to_main_grad, hide, set_gradient
 from megacore.spec import ParamSpec
@@ -65,7 +66,8 @@ class Storage:
     ``units`` has the parameters of each unit, in order; one that two units share lies with the first. ``alone`` names
     parameters with a bucket of their own (a tied matrix, which another pipeline rank must cut alike). ``fill`` writes a
     parameter's initial values into a tensor of its local shape; until then parameters may be on the meta device. With
-    ``on_host`` the weights that are updated lie in host memory, copies of the parameters if they are no others.
+    ``on_host`` the weights that are updated lie in host memory, copies of the parameters if they are no others. Where
+    they are cut, the parameters ``in_fp8`` travel as codes that ``coder`` takes, and have no memory of their own.
     """
 
     def __init__(
@@ -78,6 +80,8 @@ class Storage:
         fill: Callable[[str, Tensor], None],
         alone: Iterable[str] = (),
         on_host: bool = False,
+        coder: Coder | None = None,
+        in_fp8: Collection[str] = (),
     ) -> None:
         assert not (on_host and numbers.split), "halves of a number are kept together"
         self.mesh, self.policy, self.numbers, self.specs, self.on_host = mesh, policy, numbers, specs, on_host
@@ -99,7 +103,15 @@ class Storage:
         self._on_publish: Callable[[], None] = lambda: None
         self._allocate(fill)
         names = [[name for name, _ in group] for _, group in groups]
-        self.lending = Lending(self.layout, names, self.parameters, self.shards, self.params, numbers.grads)
+        self.codes: Codes | None = None
+        if coder is not None and self.shards.size > 1:
+            own = {run.name: (run, part) for run, part in zip(self.runs, self.own_params)}
+            self.codes = Codes(self.layout, names, in_fp8, self.parameters, self.shards, own, coder)
+        self.lending = Lending(self.layout, names, self.parameters, self.shards, self.params, numbers.grads, self.codes)
+        if self.codes is not None:
+            for slot in (slot for bucket in self.codes.buckets.values() for slot in bucket.matrices):
+                hide(self.parameters[slot.name], slot)
+            self.publish()
 
     def call_on_change(self, published: Callable[[], None], freed: Callable[[Iterable[str]], None]) -> None:
         """For who keeps something that was made of the weights: ``published`` is called when there are new ones,
@@ -163,10 +175,15 @@ class Storage:
         if self.master is not None and not copied:
             for param, weight in zip(self.own_params, self.weights):
                 param.copy_(weight)
+        self.arrive()
+        if self.codes is not None:
+            self.codes.make()
         if self.policy.params or self.shards.size == 1:
             return
-        self.arrive()
         for bucket, (start, end) in enumerate(self.layout.buckets):
+            if self.codes is not None and bucket in self.codes.buckets:
+                self.arriving[bucket] = self.codes.gather(bucket)
+                continue
             own = self.params[slice(*piece_of((start, end), self.shards.rank, self.shards.size))]
             self.arriving[bucket] = all_gather_start(own, self.shards, out=self.params[start:end])
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from megacore.config.fp8 import TRANSFORMER_ENGINE as MODULES
 from megacore.config.kernels import OPTIMIZER, operations_of, wanted, wanted_of_model
-from megacore.config.modules import TRANSFORMER_ENGINE as MODULES
 from megacore.config.offload import on_host, split_problem
-from megacore.config.schema import LogConfig, PrecisionConfig, RunConfig
+from megacore.config.schema import PrecisionConfig, RunConfig
 from megacore.config.settings import settings
 from megacore.config.write import config_hash
 from megacore.kernels.fp8.products import product_of
@@ -90,14 +90,9 @@ def build(
     phases = phases or Phases()
     with phases.time("mesh"):
         layout = Layout.of(config.parallel, info.world_size)
-        log = log_for(config.log) if log is None else log
+        log = CommLog(keeps=False, receives=True) if log is None else log
         mesh = ParallelMesh.build(layout, info.rank, device, kv_replicas(config), log)
     return build_on(config, mesh, device, phases)
-
-
-def log_for(log: LogConfig) -> CommLog | None:
-    """What the mesh is given where somebody is going to look on (`train/watching.py`); None: nobody is."""
-    return CommLog(keeps=False, receives=True) if log.profile or log.nvtx or log.communication else None
 
 
 def kv_replicas(config: RunConfig) -> int:
@@ -135,7 +130,8 @@ def build_on(config: RunConfig, mesh: ParallelMesh, device: torch.device, phases
         if config.kernels.compile:
             compile_cores(stages.values())
     with phases.time("buffers"):
-        storage = make_storage(config, spec, stages, mesh, make, updates_on_host(config, device))
+        coder = fp8 if config.precision.fp8_gather else None
+        storage = make_storage(config, spec, stages, mesh, make, updates_on_host(config, device), coder)
         rule = make_optimizer(config, spec, storage)
         copies = () if 0 in stages else (TIED,)
         norm = GlobalNorm(storage.runs, spec.params, mesh, storage.shards, copies, kernels.squares)
@@ -220,9 +216,10 @@ def make_storage(
     mesh: ParallelMesh,
     make: ParameterMaker,
     on_host: bool = False,
+    coder: Fp8 | None = None,
 ) -> Storage:
-    """Buffers for what is trained; frozen parameters stay where they are, whole on every rank. ``on_host``: as
-    ``Storage`` takes it."""
+    """Buffers for what is trained; frozen parameters stay where they are, whole on every rank. ``on_host`` and
+    ``coder``: as ``Storage`` takes them."""
     of = settings_of(spec.params, config.optim)
 
     def write(name: str, tensor: Tensor) -> None:
@@ -238,7 +235,9 @@ def make_storage(
                     write(name, param.requires_grad_(False))
     alone = (TIED,) if config.model.tie_embeddings else ()
     policy = ShardingPolicy.of(config.parallel.zero)
-    return Storage(units, spec.by_name, mesh, policy, numbers_of(config.precision), write, alone, on_host)
+    in_fp8 = frozenset(f"{layer}.weight" for layer in coder.layers) if coder else frozenset()
+    numbers = numbers_of(config.precision)
+    return Storage(units, spec.by_name, mesh, policy, numbers, write, alone, on_host, coder, in_fp8)
 
 
 def updates_on_host(config: RunConfig, device: torch.device) -> bool:

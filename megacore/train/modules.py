@@ -2,7 +2,8 @@
 
 import torch
 
-from megacore.config.modules import TRANSFORMER_ENGINE, uses_modules
+from megacore.config.fp8 import TRANSFORMER_ENGINE
+from megacore.config.modules import uses_modules
 from megacore.config.schema import RunConfig
 from megacore.kernels import transformer_engine
 from megacore.kernels.choice import Choice, first_willing
@@ -22,6 +23,11 @@ def make_modules(
     ranks must call it."""
     if not uses_modules(config):
         return None, ()
+    if mesh.device.type == "meta":
+        raise ValueError(
+            f"kernels.use=linear={TRANSFORMER_ENGINE}: its modules compute on a GPU alone, not in a dry run; leave it "
+            "out there, since ours hold the same"
+        )
     kernel, choice = first_willing((transformer_engine.MODULES,), device, dtype, TRANSFORMER_ENGINE)
     splits = any(each.op is Op.WEIGHT_GRAD for instructions in schedule.ranks for each in instructions)
     policy = ShardingPolicy.of(config.parallel.zero)
