@@ -24,6 +24,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         ),
         "schedule": ("megacore.tools.schedule", "generate, prove, simulate and draw a pipeline schedule"),
         "bench": ("megacore.tools.bench", "measure, as ratios to other implementations"),
+        "doctor": ("megacore.launch.doctor", "what this machine has, what is missing, why, and the line that fixes it"),
         "presets": ("megacore.tools.presets", "list the known models with their shapes and parameter counts"),
         "config": ("megacore.tools.config", "show, compare and explain run files"),
     }

@@ -47,6 +47,7 @@ NEIGHBOURS = {
     "bench": {"train", "monitor", "verify"},
     "corpora": {"monitor"},
     "demo": {"monitor", "verify"},
+    "doctor": {"monitor"},
     "tools": {"launch"},
 }
 

@@ -1,0 +1,1 @@
+"""What a machine has, what is missing, why, and the line that fixes it."""
