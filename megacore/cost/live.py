@@ -9,6 +9,7 @@ themselves, so that a few rounds show all that many microbatches do. The folded 
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -45,17 +46,66 @@ class Live(NamedTuple):
         return int((self.kept @ kept + self.late @ late + np.where(self.ended, end, beginning)).max(initial=0))
 
 
+class LiveTable:
+    """All ranks' moments in one table, so that a layout is priced at once. ``stages`` [ranks, chunks]."""
+
+    def __init__(self, ranks: tuple[Live, ...]) -> None:
+        if len({len(rank.stages) for rank in ranks}) > 1:
+            raise ValueError(f"ranks have {[len(rank.stages) for rank in ranks]} stages; give all the same number")
+        self.stages = np.array([rank.stages for rank in ranks])
+        self.kept, self.late = (np.concatenate([rank[which] for rank in ranks]) for which in (1, 2))
+        self.ended = np.concatenate([rank.ended for rank in ranks])
+        self.rank = np.repeat(np.arange(len(ranks)), [len(rank.ended) for rank in ranks])
+        self.begin = np.concatenate([[0], np.cumsum([len(rank.ended) for rank in ranks])[:-1]])
+        self.puts_off = bool(self.late.any())
+        last = np.argwhere(self.stages == self.stages.max())[0]
+        self.last: tuple[int, int] = (int(last[0]), int(last[1]))
+        """(rank, chunk) of the last stage."""
+        mine = self.rank == self.last[0]
+        self.most_at_last = int(self.kept[mine, self.last[1]].max(initial=0))
+        """Microbatches that the last stage keeps at once."""
+
+    def peaks(self, kept: Counts, late: Counts, beginning: Counts, end: Counts) -> Counts:
+        """``Live.peak`` of every rank [ranks]; sizes are [ranks, chunks], what comes on top [ranks]."""
+        total = np.einsum("mc,mc->m", self.kept, kept[self.rank])
+        if self.puts_off:
+            total += np.einsum("mc,mc->m", self.late, late[self.rank])
+        total += np.where(self.ended, end[self.rank], beginning[self.rank])
+        most: Counts = np.maximum.reduceat(total, self.begin)
+        return most
+
+
+ROUNDS = 8
+"""Rounds of p microbatches that show all that more of them do: warm-up and lag are of six at most."""
+
+
+def table_of_kind(kind: str, num_ranks: int, num_microbatches: int, chunks: int) -> LiveTable:
+    """``live_of_kind`` as a table, made once for all numbers of microbatches that are alike."""
+    if kind in V_SHAPED:
+        num_microbatches = min(num_microbatches, 4 * num_ranks)
+    elif kind in LAGS:
+        num_microbatches -= max(0, -(-num_microbatches // num_ranks) - ROUNDS) * num_ranks
+    return _table(kind, num_ranks, num_microbatches, chunks)
+
+
 @cache
+def _table(kind: str, num_ranks: int, num_microbatches: int, chunks: int) -> LiveTable:
+    return LiveTable(live_of_kind(kind, num_ranks, num_microbatches, chunks))
+
+
+LAGS = MappingProxyType({"1f1b": -1, "interleaved": -1, "zb-h1": 1, "zb-h2": 2})
+"""By how many ranks' numbers weight gradients lag behind; -1: backwards are whole."""
+
+
 def live_of_kind(kind: str, num_ranks: int, num_microbatches: int, chunks: int) -> tuple[Live, ...]:
     """Of every rank. ``kind`` may also be the text file of one's own list, which is read then."""
     p, m = num_ranks, num_microbatches
     if kind == "gpipe":
         whole, no = np.full((1, chunks), m), np.zeros(1, dtype=bool)
         return tuple(Live(loop(rank, p, chunks), whole, np.zeros_like(whole), no) for rank in range(p))
-    warm_up: Callable[[int, int, int], int] = long_warm_up if kind == "zb-h2" else usual_warm_up
-    lags = {"1f1b": -1, "interleaved": -1, "zb-h1": 1, "zb-h2": 2}
-    if kind in lags:
-        lag = lags[kind]
+    if kind in LAGS:
+        warm_up: Callable[[int, int, int], int] = long_warm_up if kind == "zb-h2" else usual_warm_up
+        lag = LAGS[kind]
         return tuple(
             _of_turns(rank, p, m, chunks, warm_up(rank, p, chunks), lag * rank if lag > 0 else -1) for rank in range(p)
         )

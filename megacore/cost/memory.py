@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megacore.config.schema import RunConfig
-from megacore.cost.live import Live, live_of_kind
+from megacore.cost.live import LiveTable, table_of_kind
 from megacore.cost.practice import OURS, Practice
 from megacore.cost.states import Cut, Unit, UnitSizes, kinds_of, layers_of, sizes_of
 from megacore.cost.waiting import Way, waiting
@@ -77,9 +77,8 @@ def memory_by_rank(config: RunConfig, layout: Layout, practice: Practice = OURS)
     cut into the layout's stages."""
     t = config.train
     microbatches = max(1, t.global_batch_size // (t.micro_batch_size * layout.dp))
-    lives = live_of_kind(config.parallel.schedule, layout.pp, microbatches, layout.chunks)
-    prices = _Prices(config, layout, practice)
-    return tuple(prices.of_rank(live, microbatches) for live in lives)
+    table = table_of_kind(config.parallel.schedule, layout.pp, microbatches, layout.chunks)
+    return _Prices(config, layout, practice).of_ranks(table, microbatches)
 
 
 class _Prices:
@@ -118,58 +117,88 @@ class _Prices:
         self.kept = self.kept + practice.parcels * self.parcel
         self.put_off, self.working = columns[1], columns[3]
 
-    def of_rank(self, live: Live, microbatches: int) -> RankMemory:
-        """The sum over the stages of a pipeline rank."""
-        stages = list(live.stages)
-        blocks = self.counts[stages].sum(axis=0).tolist()
-        units: list[tuple[UnitSizes, int]] = [
-            (self.sizes(("block", kind)), n) for kind, n in zip(self.kinds, blocks) if n
-        ]
-        last = self.layout.num_stages - 1
-        units += [(self.sizes(unit), 1) for unit in self.ends(stages)]
-        activations = self.activations(live, last, blocks)
-        buffers = self.buffers(live, units, microbatches, last)
-        host = sum(sizes.host * n for sizes, n in units) + live.peak(
-            self.host[stages], np.zeros_like(self.host[stages])
-        )
-        return RankMemory(
-            params=sum(sizes.params * n for sizes, n in units),
-            grads=sum(sizes.grads * n for sizes, n in units),
-            optimizer=sum(sizes.optimizer * n for sizes, n in units),
-            activations=activations,
-            buffers=buffers,
-            fragmentation=int(self.practice.waste * (activations + buffers)),
-            context=int(self.practice.context_gb * 1e9),
-            host=host,
-        )
+    def of_ranks(self, table: LiveTable, microbatches: int) -> tuple[RankMemory, ...]:
+        """The sums over the stages of every pipeline rank."""
+        blocks = self.counts[table.stages].sum(axis=1)  # [ranks, kinds]
+        activations = self.activations(table, blocks)
+        sizes = np.array([self.sizes(("block", kind)) for kind in self.kinds], dtype=np.int64)
+        state, buffers = blocks @ sizes, self.base_buffers(microbatches) + self.unit_buffers(blocks, sizes)
+        for unit, rank in self.ends(table):
+            one = np.array([self.sizes(unit)], dtype=np.int64)
+            state[rank] += one[0]
+            buffers[rank] += self.unit_buffers(np.ones((1, 1), dtype=np.int64), one)[0]
+        # logits' memory is never given back; after GPipe's forwards all microbatches have theirs
+        buffers[table.last[0]] += table.most_at_last * int(self.logits * (self.practice.logit_bytes or self.item))
+        offloaded = np.zeros_like(activations)
+        if self.host.any():
+            offloaded = table.peaks(self.host[table.stages], 0 * self.late[table.stages], offloaded, offloaded)
+        waste, context = self.practice.waste, int(self.practice.context_gb * 1e9)
+        found = []
+        for (_, _, params, grads, optimizer, host), kept, travels, sent in zip(
+            state.tolist(), activations.tolist(), buffers.tolist(), offloaded.tolist(), strict=True
+        ):
+            lost = int(waste * (kept + travels))
+            found.append(RankMemory(params, grads, optimizer, kept, travels, lost, context, host + sent))
+        return tuple(found)
 
     def sizes(self, unit: Unit) -> UnitSizes:
         config = self.config
         return sizes_of(unit, config.model, config.optim, config.precision, self.practice, self.cut)
 
-    def ends(self, stages: list[int]) -> list[Unit]:
-        """What a rank holds besides blocks."""
-        found: list[Unit] = [("embedding", 0)] if 0 in stages else []
-        if self.layout.num_stages - 1 in stages:
-            tied = self.config.model.tie_embeddings and 0 not in stages
-            found += [("tied", 0)] * tied + [("head", 0)]
-        return found
+    def ends(self, table: LiveTable) -> list[tuple[Unit, int]]:
+        """What ranks hold besides blocks: the first stage is always rank 0's."""
+        last = table.last[0]
+        copy = self.config.model.tie_embeddings and last != 0
+        return [(("embedding", 0), 0), (("head", 0), last), *[(("tied", 0), last)] * copy]
 
-    def activations(self, live: Live, last: int, blocks: list[int]) -> int:
-        """At the worst moment: in a block's backward, or in that of the head, whose inputs are still there then."""
-        stages = list(live.stages)
-        kept, late = self.kept[stages], self.late[stages]
-        if live.late.any() and 0 in stages:  # gradients for the embedding's rows
-            late = late + (live.stages.index(0) == np.arange(len(stages))) * self.tokens * self.hidden * STATISTIC_BYTES
-        there = [number for number, n in enumerate(blocks) if n]
-        working = max((int(self.working[number]) for number in there), default=0)
-        put_off = min((int(self.put_off[number]) for number in there), default=0)
-        most = live.peak(kept, late, working, working - put_off)
-        if last not in stages:
-            return most
-        inputs = self.parcel + self.tokens * (self.hidden * self.item + HEAD_BYTES)
-        at_head = kept + (live.stages.index(last) == np.arange(len(stages))) * inputs
-        return max(most, live.peak(at_head, late) + 2 * self.tokens * self.hidden * self.item + self.chunks)
+    def activations(self, table: LiveTable, blocks: Counts) -> Counts:
+        """[ranks] At the worst moment: in a block's backward, or in that of the head, whose inputs are still there."""
+        kept, late = self.kept[table.stages], self.late[table.stages]
+        if table.puts_off:  # gradients for the embedding's rows
+            late[0, 0] += self.tokens * self.hidden * STATISTIC_BYTES
+        there = blocks > 0
+        working = np.where(there, self.working, 0).max(axis=1)
+        put_off = np.where(there, self.put_off, np.iinfo(np.int64).max).min(axis=1) * there.any(axis=1)
+        most = table.peaks(kept, late, working, working - put_off)
+        kept[table.last] += self.parcel + self.tokens * (self.hidden * self.item + HEAD_BYTES)
+        nothing, last = np.zeros_like(most), table.last[0]
+        at_head = table.peaks(kept, late, nothing, nothing)[last] + 2 * self.tokens * self.hidden * self.item
+        most[last] = max(most[last], at_head + self.chunks)
+        return most
+
+    @property
+    def hidden(self) -> int:
+        return self.config.model.hidden_size
+
+    @property
+    def logits(self) -> int:
+        """How many a microbatch has on one rank."""
+        return self.tokens * -(-self.config.model.vocab_size // self.layout.tp)
+
+    def base_buffers(self, microbatches: int) -> int:
+        """What any rank has: inputs, messages, what FP8 remembers, buckets of a fixed size."""
+        messages = MESSAGES * self.parcel if self.layout.pp > 1 else 0
+        remembered = fp8_history_bytes(4 * self.config.model.num_layers, self.config.precision)
+        fixed = int(self.practice.buffer_gb * 1e9)
+        return microbatches * self.tokens * INPUT_BYTES + messages + remembered + fixed
+
+    def unit_buffers(self, numbers: Counts, sizes: Counts) -> Counts:
+        """[ranks] What is gathered, summed or kept in FP8 of so many units [ranks, kinds] of these sizes (rows as
+        ``UnitSizes``)."""
+        practice, policy = self.practice, ShardingPolicy.of(self.layout.zero)
+        numel, codes = sizes[:, 0], sizes[:, 1]
+        of_grad = practice.unit_grad_bytes or practice.grad_bytes or max(self.item, STATISTIC_BYTES)
+        if policy.params and practice.whole_units and self.layout.pp > 1:
+            total = numbers @ (numel * (of_grad + self.item))
+        else:
+            total = np.zeros(len(numbers))
+            if policy.grads:
+                total += np.minimum(numbers, UNITS_OF_GRADS) @ numel * of_grad
+                total += np.minimum(numbers, UNITS_OF_GRADS - 1) @ numel * of_grad / self.cut.shards  # their sums
+            if policy.params:
+                total += np.minimum(numbers, UNITS_OF_PARAMS) @ numel * self.item
+        in_fp8 = ((numbers > 0) * codes).max(axis=1) if policy.params else numbers @ codes
+        return (total + in_fp8).astype(np.int64)
 
     @property
     def chunks(self) -> int:
@@ -179,38 +208,6 @@ class _Prices:
         wide = max(self.item, STATISTIC_BYTES)
         made = self.item if self.item < wide else 0
         return wide * min(2 * CHUNK_LOGITS, self.logits) + made * min(CHUNK_LOGITS, self.logits)
-
-    @property
-    def logits(self) -> int:
-        """How many a microbatch has on one rank."""
-        return self.tokens * -(-self.config.model.vocab_size // self.layout.tp)
-
-    @property
-    def hidden(self) -> int:
-        return self.config.model.hidden_size
-
-    def buffers(self, live: Live, units: list[tuple[UnitSizes, int]], microbatches: int, last: int) -> int:
-        """What travels, is gathered, or is kept for use again."""
-        practice, layout, policy = self.practice, self.layout, ShardingPolicy.of(self.layout.zero)
-        total = microbatches * self.tokens * INPUT_BYTES + (MESSAGES * self.parcel if layout.pp > 1 else 0)
-        total += int(practice.buffer_gb * 1e9)
-        of_grad = practice.unit_grad_bytes or practice.grad_bytes or max(self.item, STATISTIC_BYTES)
-        for sizes, number in units:
-            if practice.whole_units and layout.pp > 1 and policy.params:
-                total += int((of_grad + self.item) * sizes.numel) * number
-                continue
-            if policy.grads:
-                total += int(of_grad * sizes.numel) * min(UNITS_OF_GRADS, number)
-                total += int(of_grad * sizes.numel / self.cut.shards) * min(UNITS_OF_GRADS - 1, number)  # their sums
-            if policy.params:
-                total += self.item * sizes.numel * min(UNITS_OF_PARAMS, number)
-        if last in live.stages:
-            # their memory is never given back; after GPipe's forwards all have theirs
-            at_once = int(live.kept[:, live.stages.index(last)].max())
-            total += at_once * int(self.logits * (practice.logit_bytes or self.item))
-        codes = [sizes.fp8_bytes * (1 if policy.params else number) for sizes, number in units]
-        total += max(codes, default=0) if policy.params else sum(codes)
-        return total + fp8_history_bytes(4 * self.config.model.num_layers, self.config.precision)
 
 
 @cache

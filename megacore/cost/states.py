@@ -1,6 +1,6 @@
 """What a rank has of each unit of a model: elements, and bytes of state, by the engine's own arithmetic."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -30,8 +30,7 @@ class Cut(NamedTuple):
     expert_shards: int
 
 
-@dataclass(frozen=True)
-class UnitSizes:
+class UnitSizes(NamedTuple):
     """``numel`` elements are on a rank, or would be if nothing were sharded; ``fp8_bytes`` take their copies."""
 
     numel: int

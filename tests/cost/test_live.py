@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megacore.cost.live import Live, live_of_kind, of_schedule
+from megacore.cost.live import Live, live_of_kind, of_schedule, table_of_kind
 from megacore.schedule.generators.generate import generate
 from megacore.schedule.live import peak_activations, peak_weight_inputs
 from megacore.schedule.text import to_text
@@ -40,3 +40,19 @@ def test_a_list_of_ones_own_is_read(tmp_path) -> None:
     mine, known = live_of_kind(str(path), 3, 5, 1), live_of_kind("zb-h1", 3, 5, 1)
     one = np.ones(1, int)
     assert [live.peak(one, one) for live in mine] == [live.peak(one, one) for live in known]
+
+
+@pytest.mark.parametrize(("kind", "v"), [("1f1b", 1), ("interleaved", 3), ("zb-h2", 2), ("zb-v", 2), ("gpipe", 2)])
+def test_more_microbatches_show_nothing_new(kind: str, v: int) -> None:
+    """One table serves many numbers of them, with other sizes on every rank and for what comes on top."""
+    p, random = 4, np.random.default_rng(1)
+    kept, late = random.integers(1, 100, (p, v)), random.integers(0, 100, (p, v))
+    beginning, end = random.integers(0, 50, p), random.integers(0, 50, p)
+    for m in (3, 61, 64):
+        table = table_of_kind(kind, p, m, v)
+        listed = of_schedule(generate(kind, p, m, v))
+        expected = [one.peak(kept[r], late[r], beginning[r], end[r]) for r, one in enumerate(listed)]
+        assert table.peaks(kept, late, beginning, end).tolist() == expected
+        rank, chunk = table.last
+        assert listed[rank].stages[chunk] == p * v - 1
+        assert table.most_at_last == listed[rank].kept[:, chunk].max()
