@@ -43,7 +43,7 @@ def compiled_kernels(
 ) -> tuple[Kernels, tuple[Choice, ...]]:
     """The references of what is between products, compiled; all else, and what the user ``named``, stays."""
     taken = [field.name for field in fields(Kernels) if field.name in PIECES and field.name not in named]
-    changed = {name: compiled(getattr(reference, name)) for name in taken}
+    changed: dict[str, Any] = {name: compiled(getattr(reference, name)) for name in taken}
     told = [Choice(c.operation, BACKEND, ()) if c.operation in changed else c for c in choices]
     return replace(kernels, **changed), tuple(told)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from megacore.monitor.kinds import Event, by_instruction, by_kind
@@ -48,7 +47,7 @@ class Profile:
 def profiled(events: Sequence[Any], on_device: bool) -> Profiled:
     """What the profiler's ``events`` say. On the CPU what lies within steps counts, on the thread that walks them; on a
     device all kernels, whatever thread launched them (backward has one of its own there)."""
-    steps = [each for each in events if each.name.startswith("step ") and each.device_type == DeviceType.CPU]
+    steps = [each for each in events if each.name.startswith("step ") and each.device_type.name == "CPU"]
     begin, end = min(each.time_range.start for each in steps), max(each.time_range.end for each in steps)
     main = tree_of((each for each in events if each.thread == steps[0].thread), False)
     in_steps = [each for each in main if each.name.startswith("step ")]
@@ -65,7 +64,7 @@ def tree_of(events: Iterable[Any], on_device: bool) -> list[Event]:
     host = [
         each
         for each in events
-        if each.device_type == DeviceType.CPU and not each.is_async and not each.name.startswith(("gloo:", "nccl:"))
+        if each.device_type.name == "CPU" and not each.is_async and not each.name.startswith(("gloo:", "nccl:"))
     ]
     host.sort(key=lambda each: (each.time_range.start, -each.time_range.end))
     roots: list[_Open] = []

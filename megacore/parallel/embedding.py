@@ -33,9 +33,9 @@ class _Lookup(Function):
         if not weight_vh.shape[0]:
             ctx.save_for_backward(local_t[:0])
             return weight_vh.new_zeros(token_t.shape[0], weight_vh.shape[1])
-        # other ranks' tokens take a row of ours that is then cleared: to leave them out, the host would have to wait
-        # for their number
-        row_t, outside_t1 = local_t.clamp(0, weight_vh.shape[0] - 1), ~inside_t[:, None]
+        # other ranks' tokens take some row of ours, which is then cleared (not all the same one, that would have to add
+        # up their zeros one by one): to leave them out, the host would have to wait for their number
+        row_t, outside_t1 = local_t.remainder(weight_vh.shape[0]), ~inside_t[:, None]
         ctx.save_for_backward(row_t, outside_t1)
         return weight_vh[row_t].masked_fill_(outside_t1, 0.0)
 

@@ -25,6 +25,7 @@ from megacore.mesh import process_group
 from megacore.mesh.group import CommLog
 from megacore.mesh.mesh import ParallelMesh
 from megacore.mesh.rank_info import RankInfo
+from megacore.model.attention import Attention
 from megacore.model.stage import TIED, Objective, Stage
 from megacore.monitor.console import Phases
 from megacore.optim.clipping import make_clip
@@ -158,8 +159,9 @@ def build_on(config: RunConfig, mesh: ParallelMesh, device: torch.device, phases
 
 def compile_cores(stages: Iterable[Stage]) -> None:
     """Let every block's attention between its products be one graph, which those of the same shape share."""
-    for block in (block for stage in stages for block in stage.blocks):
-        block.attention.core = compiled(block.attention.core)
+    for attention in (block.get_submodule("attention") for stage in stages for block in stage.blocks):
+        assert isinstance(attention, Attention)
+        attention.core = compiled(attention.core)  # type: ignore[method-assign]
 
 
 def make_fp8(
