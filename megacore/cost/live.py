@@ -130,7 +130,8 @@ def live_of_list(rank: Instructions, stages: tuple[int, ...]) -> Live:
     later = back & (rank.op == Op.INPUT_GRAD)[:, None]
     done = own & (rank.op == Op.WEIGHT_GRAD)[:, None]
     after, waiting = (np.cumsum(a, 0) - np.cumsum(b, 0) for a, b in ((starts, ends), (later, done)))
-    return _moments(stages, (after + ends, waiting + done - later), (after, waiting))
+    computes = rank.op != Op.WEIGHT_GRAD  # which needs nothing but what it frees
+    return _moments(stages, ((after + ends)[computes], (waiting + done - later)[computes]), (after, waiting))
 
 
 def _of_turns(rank: int, p: int, m: int, chunks: int, warm_up: int, lag: int) -> Live:
