@@ -46,6 +46,11 @@ class Live(NamedTuple):
         return int((self.kept @ kept + self.late @ late + np.where(self.ended, end, beginning)).max(initial=0))
 
 
+def _place(stages: Counts, stage: int) -> tuple[int, int]:
+    rank, chunk = np.argwhere(stages == stage)[0].tolist()
+    return rank, chunk
+
+
 class LiveTable:
     """All ranks' moments in one table, so that a layout is priced at once. ``stages`` [ranks, chunks]."""
 
@@ -58,9 +63,8 @@ class LiveTable:
         self.rank = np.repeat(np.arange(len(ranks)), [len(rank.ended) for rank in ranks])
         self.begin = np.concatenate([[0], np.cumsum([len(rank.ended) for rank in ranks])[:-1]])
         self.puts_off = bool(self.late.any())
-        last = np.argwhere(self.stages == self.stages.max())[0]
-        self.last: tuple[int, int] = (int(last[0]), int(last[1]))
-        """(rank, chunk) of the last stage."""
+        self.first, self.last = (_place(self.stages, stage) for stage in (0, int(self.stages.max())))
+        """(rank, chunk) of the first and of the last stage."""
         mine = self.rank == self.last[0]
         self.most_at_last = int(self.kept[mine, self.last[1]].max(initial=0))
         """Microbatches that the last stage keeps at once."""

@@ -146,16 +146,16 @@ class _Prices:
         return sizes_of(unit, config.model, config.optim, config.precision, self.practice, self.cut)
 
     def ends(self, table: LiveTable) -> list[tuple[Unit, int]]:
-        """What ranks hold besides blocks: the first stage is always rank 0's."""
-        last = table.last[0]
-        copy = self.config.model.tie_embeddings and last != 0
-        return [(("embedding", 0), 0), (("head", 0), last), *[(("tied", 0), last)] * copy]
+        """What ranks hold besides blocks."""
+        first, last = table.first[0], table.last[0]
+        copy = self.config.model.tie_embeddings and last != first
+        return [(("embedding", 0), first), (("head", 0), last), *[(("tied", 0), last)] * copy]
 
     def activations(self, table: LiveTable, blocks: Counts) -> Counts:
         """[ranks] At the worst moment: in a block's backward, or in that of the head, whose inputs are still there."""
         kept, late = self.kept[table.stages], self.late[table.stages]
         if table.puts_off:  # gradients for the embedding's rows
-            late[0, 0] += self.tokens * self.hidden * STATISTIC_BYTES
+            late[table.first] += self.tokens * self.hidden * STATISTIC_BYTES
         there = blocks > 0
         working = np.where(there, self.working, 0).max(axis=1)
         put_off = np.where(there, self.put_off, np.iinfo(np.int64).max).min(axis=1) * there.any(axis=1)
