@@ -35,10 +35,12 @@ ALONE: dict[str, tuple[str, ...]] = {
     "smoothed, z-loss": ("train.label_smoothing=0.1", "train.z_loss=0.01", "optim.clip=value"),
     "bf16, split": ("precision.dtype=bf16", "precision.master=split", "parallel.recompute=selective"),
     "bf16, no copies": ("precision.dtype=bf16", "precision.master=none"),
+    "moments in 8 bits": ("precision.dtype=fp32", "optim.state_dtype=int8"),
 }
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tp2 sequence": (2, ("parallel.tp=2", "parallel.sequence_parallel=true", "log.statistics_every=1")),
     "dp2 zero1": (2, ("parallel.zero=1", "precision.dtype=fp16")),
+    "dp2 zero3, gathered in fp8": (2, (*FP8, "precision.fp8=current", "precision.fp8_gather=true", "parallel.zero=3")),
     "dp2 zero3 muon": (2, ("parallel.zero=3", "optim.name=muon")),
     "pp2 zb-v": (2, ("parallel.pp=2", "parallel.schedule=zb-v", "model.num_layers=6", "model.tie_embeddings=true")),
     "tp2 pp2 dp1 zb-h1": (4, ("parallel.tp=2", "parallel.pp=2", "parallel.schedule=zb-h1", "model.num_layers=6")),

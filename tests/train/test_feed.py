@@ -48,3 +48,24 @@ def test_training_follows_the_ramp() -> None:
     firsts = [[inputs.ordinal_b.tolist() for inputs in feed(1, 2).step(step)] for step in (1, 2, 3)]
     assert firsts == [[[2, 3]], [[6, 7]], [[10, 11], [14, 15]]]
     assert all(inputs.training for inputs in feed(0, 1).step(1))
+
+
+def test_to_a_gpu_samples_go_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From any other memory the host would wait until the device has come so far."""
+    pinned: list[int] = []
+
+    def pin_memory(self: torch.Tensor) -> torch.Tensor:
+        copy = self.clone()
+        pinned.append(copy.data_ptr())
+        return copy
+
+    def to(self: torch.Tensor, device: object, non_blocking: bool = False) -> torch.Tensor:
+        assert non_blocking and self.data_ptr() == pinned[-1]
+        return self
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    ours = feed(0, 1)
+    ours.device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
+    inputs = ours.step(1)[0]
+    assert inputs.ordinal_b.data_ptr() in pinned and len(pinned) == 2 * 4
