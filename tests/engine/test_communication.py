@@ -17,6 +17,10 @@ from tests.engine.common import built_rank, run_config, step_of
 from tests.pool import WorkerPool
 
 Seen = list[tuple[str, int]]
+WISHES = ("all_reduce", 2)
+"""Wishes to stop and to save: a tensor-parallel group has equal sums of losses, but each rank has wishes of its own."""
+TOTALS = ("all_reduce", 4)
+"""Loss and count, and the wishes with them."""
 
 
 def log_of_rank(rank: int, world_size: int, config: RunConfig) -> tuple[list[CommRecord], int]:
@@ -57,7 +61,7 @@ def test_tensor_parallelism(pool: WorkerPool, size: int) -> None:
     backward = [whole] + [whole, whole] * layers  # the head; MLP and attention of each layer
     step = (forward + loss + backward) * 4
     kv_copies = [record for record in records if record.axis == "kv"]
-    assert on_axis(records, "tp") == step
+    assert on_axis(records, "tp") == [*step, WISHES]
     assert len(kv_copies) == (1 if size == 4 else 0), "2 kv heads on 4 ranks: their copies' gradients are summed once"
     assert on_axis(records, "model") == [("all_reduce", len(config_params(config)))], "the global norm"
     beside_the_layers = 2  # the embedding forward and the head backward
@@ -86,7 +90,7 @@ def test_sequence_parallelism(pool: WorkerPool, regather: bool) -> None:
     column, row = [*again, scatter], [gather]
     backward = column + (row + column) * 2 * layers + row
     norms = (2 * layers + 1) * config.model.hidden_size  # their gradients come from shards of the sequence
-    assert on_axis(records, "tp") == (forward + loss + backward) * 4 + [("all_reduce", norms)]
+    assert on_axis(records, "tp") == (forward + loss + backward) * 4 + [("all_reduce", norms), WISHES]
     per_layer = (8 + 2 * regather) * activation * (size - 1) / size
     beside_the_layers = (4 + regather) * activation * (size - 1) / size
     assert layer_elements(records, size, activation) == 4 * (layers * per_layer + beside_the_layers)
@@ -110,7 +114,7 @@ def test_recomputation(pool: WorkerPool, sequence: bool) -> None:
 @pytest.mark.parametrize("size", [2, 4])
 def test_data_parallelism(pool: WorkerPool, size: int) -> None:
     records, num_gradients, _ = logs(pool, size)
-    assert on_axis(records, "dp_cp") == [("all_reduce", num_gradients), ("all_reduce", 2)], "gradients; loss and count"
+    assert on_axis(records, "dp_cp") == [("all_reduce", num_gradients), TOTALS], "gradients; loss and count"
     assert len(records) == 2, "nothing else travels"
     assert records[0].wire_elements(size) == 2 * num_gradients * (size - 1) / size
 
@@ -120,8 +124,9 @@ def test_tensor_and_data_parallelism_together(pool: WorkerPool) -> None:
     both, num_gradients, _ = logs(pool, 4, "parallel.tp=2")
     tensor, alone, _ = logs(pool, 2, "parallel.tp=2")
     assert num_gradients == alone
-    assert on_axis(both, "tp") == on_axis(tensor, "tp")[: len(on_axis(tensor, "tp")) // 2]
-    assert on_axis(both, "dp_cp") == [("all_reduce", num_gradients), ("all_reduce", 2)]
+    whole = on_axis(tensor, "tp")[:-1]
+    assert on_axis(both, "tp") == [*whole[: len(whole) // 2], WISHES]
+    assert on_axis(both, "dp_cp") == [("all_reduce", num_gradients), TOTALS]
 
 
 def test_one_process_is_silent(pool: WorkerPool) -> None:
