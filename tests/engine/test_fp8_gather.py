@@ -145,10 +145,11 @@ def test_what_it_needs_is_said() -> None:
 
 
 def test_a_weight_that_is_not_finite_is_not_hidden(pool: WorkerPool) -> None:
-    """Whoever holds it, all see it: the step's norm is not finite, and it is skipped."""
+    """Whoever holds it, all see it: the step's norm is not finite, and what was seen is no history."""
     for recipe in ("current", "delayed"):
-        config = config_with(2, f"precision.fp8={recipe}", "parallel.zero=1")
-        assert all(not torch.isfinite(torch.tensor(norm)) for norm in pool.run(broken_rank, 2, 2, config))
+        words = (f"precision.fp8={recipe}", "parallel.zero=1")
+        plain, ours = (pool.run(broken_rank, 2, 2, config_with(2, *words, gather=each)) for each in (False, True))
+        assert ours == plain and all(norm == "nan" for norm, _ in ours)
 
 
 @pytest.mark.slow
@@ -163,11 +164,15 @@ def test_a_run_goes_on_to_the_bit(pool: WorkerPool, tmp_path: Path) -> None:
     assert ours == curve and difference == 0.0 and again == digests(source, 2)
 
 
-def broken_rank(rank: int, world_size: int, config: RunConfig) -> float:
+def broken_rank(rank: int, world_size: int, config: RunConfig) -> tuple[str, list[list[float]]]:
+    """The norm of a step with a broken weight; and of each layer in FP8, what that step has made history."""
     built = built_rank(rank, world_size, config)
     step_of(built, step=1, lr=1e-3)
+    built.storage.arrive()
     own = {run.name: weight for run, weight in zip(built.storage.runs, built.storage.weights)}
-    if rank == 1:  # who holds the end of the last block in FP8
-        own["layers.1.mlp.down.weight"][0] = torch.nan
+    if rank == 1:  # who holds its end, and rank 0 its beginning
+        own["layers.1.mlp.gate_up.weight"][0] = torch.nan
     built.storage.publish()
-    return step_of(built, step=2)[1]
+    norm = step_of(built, step=2)[1]
+    assert built.trainer.fp8 is not None
+    return str(norm), [history[0].tolist() for history in built.trainer.fp8.state().values()]
