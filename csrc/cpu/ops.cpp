@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "adamw.h"
+#include "attention.h"
 #include "rows.h"
 #include "wgrad.h"
 
@@ -27,7 +28,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
-constexpr std::int64_t kInterface = 5;  // as in megacore/kernels/native.py
+constexpr std::int64_t kInterface = 6;  // as in megacore/kernels/native.py
 constexpr std::int64_t kGrain = 1 << 15;  // elements that are worth a thread
 
 struct Named {
@@ -269,6 +270,50 @@ void wgrad_(Tensor into, Tensor x, Tensor grad) {
     });
 }
 
+template <typename T, typename Data>
+megacore::Heads<T> heads_of(const Tensor& x, Data* data, const Tensor& like, std::int64_t heads, const char* name) {
+    STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && x.scalar_type() == like.scalar_type() && x.size(0) == like.size(0) &&
+                        x.size(1) == like.size(1) && x.size(2) == heads && x.size(3) == like.size(3) &&
+                        x.stride(3) == 1,
+                    "attention_: ", name, " must be [b, s, heads, d] as q, with dims that lie together");
+    return {static_cast<T*>(data), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// q, y [b, s, n, d], k, v [b, s, m, d], sums [b, n, s]; with `grad`, of y, gradients are written to the last three.
+void attention_(Tensor q, Tensor k, Tensor v, Tensor y, Tensor sums, double scale, std::optional<Tensor> grad,
+                std::optional<Tensor> grad_q, std::optional<Tensor> grad_k, std::optional<Tensor> grad_v) {
+    const std::int64_t batch = q.size(0), length = q.size(1), n = q.size(2), m = k.size(2), dims = q.size(3);
+    STD_TORCH_CHECK(m > 0 && n % m == 0 && dims % 2 == 0, "attention_: ", n, " heads of q, ", m, " of k, ", dims,
+                    " dims: heads must divide, and dims be even");
+    check_rows(sums, batch * n * length, ScalarType::Float, "attention_: sums");
+    by_dtype(q, [&](auto kind) {
+        using T = decltype(kind);
+        STD_TORCH_CHECK(megacore::wgrad_supported(sizeof(T) == 2), "attention_: not on this processor");
+        megacore::Attention<T> in{};
+        in.q = heads_of<const T>(q, q.const_data_ptr(), q, n, "q");
+        in.k = heads_of<const T>(k, k.const_data_ptr(), q, m, "k");
+        in.v = heads_of<const T>(v, v.const_data_ptr(), q, m, "v");
+        in.y = heads_of<T>(y, y.mutable_data_ptr(), q, n, "y");
+        in.sums = write<float>(sums);
+        in.batch = batch, in.length = length, in.heads = n, in.groups = n / m, in.dims = dims;
+        in.scale = static_cast<float>(scale);
+        if (!grad) {
+            torch::stable::parallel_for(0, batch * n, 1, [&](std::int64_t begin, std::int64_t end) {
+                megacore::attend(in, begin, end);
+            });
+            return;
+        }
+        STD_TORCH_CHECK(grad_q && grad_k && grad_v, "attention_: places for all three gradients are needed");
+        in.grad = heads_of<const T>(*grad, grad->const_data_ptr(), q, n, "grad");
+        in.grad_q = heads_of<T>(*grad_q, grad_q->mutable_data_ptr(), q, n, "grad_q");
+        in.grad_k = heads_of<T>(*grad_k, grad_k->mutable_data_ptr(), q, m, "grad_k");
+        in.grad_v = heads_of<T>(*grad_v, grad_v->mutable_data_ptr(), q, m, "grad_v");
+        torch::stable::parallel_for(0, batch * m, 1, [&](std::int64_t begin, std::int64_t end) {
+            megacore::attend_backward(in, begin, end);
+        });
+    });
+}
+
 bool wgrad_supported(bool narrow) { return megacore::wgrad_supported(narrow); }
 
 }  // namespace
@@ -287,6 +332,9 @@ STABLE_TORCH_LIBRARY(megacore_cpu, m) {
     m.def(
         "logit_statistics_(Tensor logits, Tensor target, Tensor(a!) largest, Tensor(b!) sums, Tensor(c!) exp, str isa) "
         "-> ()");
+    m.def(
+        "attention_(Tensor q, Tensor k, Tensor v, Tensor(a!) y, Tensor(b!) sums, float scale, Tensor? grad, "
+        "Tensor(c!)? grad_q, Tensor(d!)? grad_k, Tensor(e!)? grad_v) -> ()");
     m.def("wgrad_(Tensor(a!) into, Tensor x, Tensor grad) -> ()");
     m.def("wgrad_supported(bool narrow) -> bool");
     m.def("isas() -> str");
@@ -299,6 +347,7 @@ STABLE_TORCH_LIBRARY_IMPL(megacore_cpu, CPU, m) {
     m.impl("rms_norm_backward_", TORCH_BOX(&rms_norm_backward_));
     m.impl("swiglu_", TORCH_BOX(&swiglu_));
     m.impl("logit_statistics_", TORCH_BOX(&logit_statistics_));
+    m.impl("attention_", TORCH_BOX(&attention_));
     m.impl("wgrad_", TORCH_BOX(&wgrad_));
 }
 

@@ -35,26 +35,6 @@ MEGACORE_INLINE float sum_over(std::int64_t width, const Term& term) {
     return sum_of(lanes);
 }
 
-// exp to within two units in the last place: 2^n e^r with |r| <= ln(2) / 2, e^r by its series. Below -87.3 it is what is
-// there, above 88.3 infinite. What is not a number stays one.
-MEGACORE_INLINE float exp_of(float x) {
-    const float clamped = x < -87.3f ? -87.3f : (x > 88.3f ? 88.3f : x);
-    constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves no room behind the point
-    const float n = (clamped * 1.44269504088896341f + round) - round;
-    const float r = (clamped - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
-    float series = 1.0f / 5040.0f;
-    series = series * r + 1.0f / 720.0f;
-    series = series * r + 1.0f / 120.0f;
-    series = series * r + 1.0f / 24.0f;
-    series = series * r + 1.0f / 6.0f;
-    series = series * r + 0.5f;
-    series = (series * r + 1.0f) * r + 1.0f;
-    const std::int32_t power = (static_cast<std::int32_t>(n) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &power, sizeof(scale));
-    return x <= 88.3f ? series * scale : (x == x ? HUGE_VALF : x);
-}
-
 template <typename T>
 MEGACORE_INLINE void norm_rows(const Norm<T>& in, std::int64_t begin, std::int64_t end) {
     const std::int64_t width = in.width;

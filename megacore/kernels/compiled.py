@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU and the statistics of logits by csrc/cpu: each row passes through memory once.
+"""RMSNorm, SwiGLU, attention and the statistics of logits by csrc/cpu: each row passes through memory once.
 
 Sums have a fixed order: neither threads nor instruction sets change a bit. Computed in float32.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megacore.kernels import native
+from megacore.kernels import fused, native
 
 BLOCK = 32
 """As in csrc/cpu/ops.cpp: rows whose share of a weight's gradient is summed by itself."""
@@ -84,6 +84,57 @@ def logit_statistics(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Te
     if rows.numel():
         torch.ops.megacore_cpu.logit_statistics_(rows, target.contiguous(), largest, sums, exp, "")
     return largest, sums, exp
+
+
+class _Attention(torch.autograd.Function):
+    """Saves its inputs, its output and one number per query and head, as torch's own attention."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        own = tuple(_by_token(each) for each in (q, k, v))
+        y = torch.empty(own[0].shape, dtype=q.dtype, device=q.device)
+        sums = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        torch.ops.megacore_cpu.attention_(*own, y, sums, scale, None, None, None, None)
+        out = y.transpose(1, 2)
+        ctx.save_for_backward(q, k, v, out, sums)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, sums = ctx.saved_tensors
+        own = tuple(_by_token(each) for each in (q, k, v))
+        grads = tuple(torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in own)
+        y = out.transpose(1, 2)
+        torch.ops.megacore_cpu.attention_(*own, y, sums, ctx.scale, _by_token(grad), *grads)
+        of_q, of_k, of_v = (each.transpose(1, 2) for each in grads)
+        return of_q, of_k, of_v, None
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """[b, n, s, d] to [b, s, n, d] whose dims lie together."""
+    turned = x.transpose(1, 2)
+    return turned if turned.stride(3) == 1 else turned.contiguous()
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, keep: Tensor | None = None
+) -> Tensor:
+    """As ``reference.attention``. What is not plainly causal, and heads of an odd size, are torch's."""
+    if mask is not None or not causal or q.shape[-1] % 2 or q.shape != (*k.shape[:1], q.shape[1], *k.shape[2:]):
+        return fused.attention(q, k, v, mask, causal, scale, keep)
+    assert keep is None, "dropout masks of our own need the explicit path"
+    return _Attention.apply(q, k, v, scale)
+
+
+def attention_refuses(device: torch.device, dtype: torch.dtype) -> str:
+    """Why csrc/cpu's attention cannot serve, or ''."""
+    if reason := refuses(device, dtype):
+        return reason
+    if not torch.ops.megacore_cpu.wgrad_supported(dtype == torch.bfloat16):
+        return "this processor has no " + ("AVX-512 dot products of bfloat16" if dtype.itemsize == 2 else "AVX-512")
+    return ""
 
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-INTERFACE = 5
+INTERFACE = 6
 """As in csrc/cpu/ops.cpp: raised with every change of what is called, so that a library of other sources is refused."""
 
 BUILD = "pip install --no-build-isolation -e . builds it"
@@ -27,16 +27,24 @@ def unavailable() -> str:
     operations = torch.ops.megacore_cpu
     if not hasattr(operations, "interface") or operations.interface() != INTERFACE:
         return f"{built[0].name} was built from other sources; {BUILD}"
-    for name in ("adamw_", "rms_norm_", "rms_norm_backward_", "swiglu_", "logit_statistics_", "wgrad_"):
+    for name in ("adamw_", "rms_norm_", "rms_norm_backward_", "swiglu_", "logit_statistics_", "attention_", "wgrad_"):
         # They only write into their arguments: there is nothing to say of results' shapes.
         torch.library.register_fake(f"megacore_cpu::{name}", lambda *arguments: None)
     register_flop_formula(operations.wgrad_)(_flops_of_wgrad)
+    register_flop_formula(operations.attention_)(_flops_of_attention)
     return ""
 
 
 def _flops_of_wgrad(into: torch.Size, x: torch.Size, grad: torch.Size, **_: object) -> int:
     """What torch counts of [o, i] += [t, o]^T [t, i], given their shapes."""
     return 2 * into.numel() * x[0]
+
+
+def _flops_of_attention(q: torch.Size, k: torch.Size, v: torch.Size, *more: object, **_: object) -> int:
+    """The same of q [b, s, n, d], with or without a gradient behind y, sums and scale: of scores that are hidden, too,
+    and without those that a backward makes again, as torch counts its own attention."""
+    product = 2 * q.numel() * k[1]
+    return (5 if more[3] is not None else 2) * product
 
 
 def instruction_sets() -> tuple[str, ...]:

@@ -117,6 +117,7 @@ TABLE: tuple[Kernel, ...] = (
     Kernel("bias_gelu", "cuda", _cuda("bias_gelu"), cuda.refuses, by_default=False),
     Kernel("bias_gelu", "triton", _ours("activations", "bias_gelu"), triton.refuses, by_default=False),
     Kernel("bias_gelu", "reference", reference.bias_gelu),
+    Kernel("attention", "native", compiled.attention, compiled.attention_refuses),
     Kernel("attention", "float32", _widened(fused.attention), linear.widened_refuses),
     Kernel("attention", "sdpa", fused.attention),
     Kernel("attention", "reference", reference.attention),
