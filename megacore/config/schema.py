@@ -341,6 +341,19 @@ class GuardConfig:
     silent_s: float = key(8.0, "seconds after which a silent rank is named")
     abort_s: float = key(60.0, "seconds after which the ranks end because one is silent, to be started again")
     step_limit_s: float = key(600.0, "seconds without any progress after which the ranks end; 0: no limit")
+    spike: str = key(
+        "alert",
+        "what is done about a loss that jumps; alert: it is told; rewind: the run goes back before it, to the newest "
+        "checkpoint, and leaves its batch out",
+        ("off", "alert", "rewind"),
+    )
+    spike_sigma: float = key(6.0, "robust deviations from what the last losses were that make a jump")
+    spike_window: int = key(128, "losses by which deviations are judged")
+    max_rewinds: int = key(3, "rewind: batches that may be left out; what jumps after that is only told")
+    replicas_every: int = key(
+        0, "steps between comparisons of what several ranks hold copies of; 0: never. Ranks that differ are named"
+    )
+    stragglers_every: int = key(0, "steps between timings of all ranks' own work, to name slow ones; 0: never")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Rules of what looks on while steps are taken: profiles, ranges, logs of communication."""
+"""Rules of what looks on while steps are taken: profiles, ranges, logs of communication, guards."""
 
 from collections.abc import Iterator
 
@@ -24,3 +24,23 @@ def watching_problems(config: RunConfig, world_size: int | None) -> Iterator[str
         yield "log.nvtx=true marks ranges for a GPU's tools, but train.device=cpu; use log.profile"
     if log.communication > steps:
         yield f"log.communication={log.communication} is more than train.steps={steps}; use at most {steps}"
+
+
+def guard_problems(config: RunConfig) -> Iterator[str]:
+    """A line for each guard that could not do its work."""
+    guard = config.guard
+    if guard.spike == "rewind" and not config.checkpoint.save_every:
+        yield (
+            "guard.spike=rewind goes back to a checkpoint, but checkpoint.save_every=0 makes none; save every so many "
+            "steps, or set guard.spike=alert"
+        )
+    if guard.spike == "rewind" and config.data.index == "megatron":
+        yield (
+            "guard.spike=rewind leaves samples out, which moves all others with data.index=megatron, whose order "
+            "depends on their number; use data.index=megacore, or guard.spike=alert"
+        )
+    if guard.abort_s < guard.silent_s:
+        yield (
+            f"guard.abort_s={guard.abort_s:g} ends the ranks before a silent one is named, guard.silent_s="
+            f"{guard.silent_s:g}; raise it"
+        )

@@ -18,6 +18,7 @@ from megacore.data.cache import IndexCache, Notify
 from megacore.data.fim import FillInMiddle, FimTokens
 from megacore.data.megatron_index import MegatronIndex, MegatronPlan, build_megatron_index
 from megacore.data.sample_index import SampleIndex
+from megacore.data.skipping import Holes, place
 from megacore.data.source import Source, known_eod, mixture_weights, open_sources
 
 Ints = NDArray[np.int64]
@@ -48,6 +49,7 @@ class SampleStream:
         fim: ids of the fill-in-the-middle markers; needed where config.fim_rate > 0.
         vocab_size: of the model; every token is checked against it. 0: not checked.
         notify: told in words about things worth knowing.
+        holes: ordinals that are left out; then what is asked for counts the others.
 
     Raises:
         ValueError: a data set is missing or damaged, the split is empty, settings or data sets contradict each other.
@@ -65,7 +67,10 @@ class SampleStream:
         fim: FimTokens | None = None,
         vocab_size: int = 0,
         notify: Notify = warn,
+        holes: Holes = (),
     ) -> None:
+        self.holes = tuple(holes)
+        num_samples += sum(last - first for first, last in self.holes)
         self.config, self.seq_len, self.seed, self.split, self.num_samples = config, seq_len, seed, split, num_samples
         self.vocab_size = vocab_size
         self.sources = open_sources(config, split, vocab_size)
@@ -100,7 +105,7 @@ class SampleStream:
         Raises:
             ValueError: a token lies beyond the vocabulary; the message names its document.
         """
-        ordinals = np.arange(first_ordinal, first_ordinal + count, dtype=np.int64)
+        ordinals = place(np.arange(first_ordinal, first_ordinal + count, dtype=np.int64), self.holes)
         shape = (count, self.seq_len)
         tokens, labels = np.empty(shape, np.int64), np.empty(shape, np.int64)
         positions = np.empty(shape, np.int64) if self.config.reset_positions else None

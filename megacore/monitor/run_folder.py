@@ -13,10 +13,11 @@ TENSORBOARD = "tensorboard"
 PROFILE = "profile"
 COMMUNICATION = "communication"
 PREVIOUS = "previous"
+SKIPPED = "skipped.json"
 STOP, SAVE = "STOP", "SAVE"
 """Files that a person or a script makes in the folder of a run that is going on: it saves and stops, or saves."""
 
-RUN_FILES = (METRICS, EVENTS, LOG, CONFIG, TIMELINE, TENSORBOARD, PROFILE, COMMUNICATION)
+RUN_FILES = (METRICS, EVENTS, LOG, CONFIG, TIMELINE, TENSORBOARD, PROFILE, COMMUNICATION, SKIPPED)
 PICTURES = ("*.png", "*.svg")
 
 

@@ -13,6 +13,7 @@ from megacore.checkpoint.hf.folder import TOKENIZER
 from megacore.config.schema import RunConfig
 from megacore.data.fim import FimTokens
 from megacore.data.sampler import BatchPlan
+from megacore.data.skipping import Holes
 from megacore.data.source import Source
 from megacore.data.stream import SampleStream
 from megacore.data.tokenizers.base import Tokenizer
@@ -38,9 +39,9 @@ class RunData:
     """A hash of what the samples are made of, wherever it lies: equal where every ordinal means the same sample."""
 
 
-def open_data(config: RunConfig, mesh: ParallelMesh, start: tuple[int, int] = (1, 0)) -> RunData:
+def open_data(config: RunConfig, mesh: ParallelMesh, start: tuple[int, int] = (1, 0), holes: Holes = ()) -> RunData:
     """Open the corpus of a resolved run (``data.tokenizer`` filled in where it is known), which begins with step
-    ``start[0]`` at ordinal ``start[1]``.
+    ``start[0]`` at ordinal ``start[1]`` of those that are not among ``holes``.
 
     All ranks may call it at once: what has to be built is built by one of them while the others wait.
     """
@@ -49,7 +50,7 @@ def open_data(config: RunConfig, mesh: ParallelMesh, start: tuple[int, int] = (1
     plan = BatchPlan(t.global_batch_size, t.micro_batch_size, t.batch_ramp, start)
     plan.check(mesh.dp.size)
     num_samples = plan.num_samples(max(t.steps, start[0] - 1))  # a run that is done already reads nothing
-    stream = _stream(config, tokenizer, "train", num_samples)
+    stream = _stream(config, tokenizer, "train", num_samples, holes)
     feed = Feed(stream, plan, mesh.dp, mesh.device)
     described = summary(stream.sources, num_samples, t.seq_len)
     known = (tokenizer, stream.eod, plan, feed)
@@ -79,7 +80,9 @@ def tokenizer_files(spec: str) -> dict[str, bytes]:
     return {f"{TOKENIZER}{file.name}": file.read_bytes() for file in files if file.is_file()}
 
 
-def _stream(config: RunConfig, tokenizer: Tokenizer | None, split: str, num_samples: int) -> SampleStream:
+def _stream(
+    config: RunConfig, tokenizer: Tokenizer | None, split: str, num_samples: int, holes: Holes = ()
+) -> SampleStream:
     data = config.data
     fim = None
     if data.fim_rate and tokenizer is not None:
@@ -93,6 +96,7 @@ def _stream(config: RunConfig, tokenizer: Tokenizer | None, split: str, num_samp
         eod=tokenizer.eod if tokenizer else None,
         fim=fim,
         vocab_size=config.model.vocab_size,
+        holes=holes,
     )
     stream.build()
     return stream

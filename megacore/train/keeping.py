@@ -11,7 +11,7 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megacore.checkpoint.find import ASIDE, CHECKPOINTS, LATEST, checkpoints_of, folder_of, steps_in
+from megacore.checkpoint.find import ASIDE, CHECKPOINTS, LATEST, checkpoints_of, folder_of, step_of, steps_in
 from megacore.checkpoint.manifest import MANIFEST, TRAINING
 from megacore.checkpoint.opening import open_weights
 from megacore.checkpoint.read import Checkpoint
@@ -154,8 +154,27 @@ class Keeper:
                 ]
             )
 
-    def save(self, step: int, data: RunData, reporter: Reporter, val_loss: float | None) -> None:
-        """Begin to save the state after ``step``, whose figures must have been reported."""
+    def newest_before(self, step: int, reporter: Reporter) -> int:
+        """The step of the newest checkpoint before ``step``, once what is being saved is; 0 if there is none."""
+        if self.saver is not None:
+            self._report(self.saver.take(wait=True), reporter)
+        folders, _ = self._candidates(self.store)
+        found = (step_of(_place(folder).name) or 0 for folder in folders)
+        return max((each for each in found if each < step), default=0)
+
+    def put_aside(self, step: int) -> None:
+        """Steps after ``step`` are about to be made anew: their checkpoints make room, unfinished saves go."""
+        self._put_aside(step)
+
+    def save(
+        self,
+        step: int,
+        data: RunData,
+        reporter: Reporter,
+        val_loss: float | None,
+        more: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Begin to save the state after ``step``, whose figures must have been reported, and ``more``, as JSON."""
         if self.saver is None:  # no save was due, but the run is asked to stop
             self.saver = self._saver()
         self._report(self.saver.take(wait=True), reporter)
@@ -167,6 +186,7 @@ class Keeper:
             "skipped": reporter.skipped if self.rank == 0 else 0,
             "data": data.identity,
         }
+        state |= more or {}
         if val_loss is not None and math.isfinite(val_loss):  # no other number is the best of any, or JSON
             state[VAL_LOSS] = val_loss
         sizes = {axis: getattr(layout, axis) for axis in axes}

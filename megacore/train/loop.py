@@ -1,8 +1,9 @@
 """A run from its first step to its last: the loop that everything else serves."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from megacore.optim.learning_rate import learning_rate
 from megacore.pipeline.clock import Mark
 from megacore.train.build import Built, build, join
 from megacore.train.data import RunData, open_data, tokenizer_files
+from megacore.train.guards import Guards, ledger_of
 from megacore.train.heart import Heart
 from megacore.train.keeping import Keeper
 from megacore.train.reporter import Reporter
@@ -25,6 +27,9 @@ from megacore.train.step import StepResult
 from megacore.train.timing import StepClock
 from megacore.train.watching import Watching
 from megacore.train.wishes import Asked, Wishes
+
+GO_BACK = -1
+"""What ``live`` returns in place of an exit code where it is to be lived again, from its newest checkpoint."""
 
 
 def train(
@@ -55,30 +60,51 @@ def run(
 ) -> int:
     """Build and walk the run; the exit code. A function of its own: all that holds a process group ends with it."""
     built = build(config, info, device, phases)
+    speak = partial(Reporter.open, colour=colour, width=width)
     with closing(Heart(config, info, built.mesh)) as heart:
-        keeper = Keeper(built, built.failpoints)
-        with phases.time("state"):
-            resumed = keeper.resume()
-            fresh = resumed is None and config.checkpoint.init_from
-            weights = keeper.begin_from(config.checkpoint.init_from) if fresh else ""
-        with phases.time("data"):
-            start = (1, 0) if resumed is None else (resumed.step + 1, resumed.samples)
-            data = open_data(config, built.mesh, start)
-            if resumed is not None:
-                keeper.check_data(resumed, data)
-        keeper.prepare(tokenizer_files(config.data.tokenizer))
-        watching = Watching(built)
-        reporter = Reporter.open(config, built.mesh, colour, width, resumed)
-        try:
-            reporter.start(built, data, phases, weights, remarks)
-            return Loop(built, data, reporter, keeper, wishes, watching, heart).run(start[0])
-        except BaseException as error:
-            reporter.fault(error)
-            raise
-        finally:
-            watching.close()
-            keeper.close()
-            reporter.close()
+        while True:
+            code = live(built, phases, speak, wishes, heart, remarks)
+            if code != GO_BACK:
+                return code
+            # now from a checkpoint of its own, whatever it began with
+            built = replace(built, config=replace(config, checkpoint=replace(config.checkpoint, resume="auto")))
+
+
+def live(
+    built: Built,
+    phases: Phases,
+    speak: Callable[..., Reporter],
+    wishes: Wishes,
+    heart: Heart,
+    remarks: Sequence[str],
+) -> int:
+    """From a checkpoint, or the beginning, to the end, or to where the run wants to go back; the exit code."""
+    config, mesh = built.config, built.mesh
+    keeper = Keeper(built, built.failpoints)
+    with phases.time("state"):
+        resumed = keeper.resume()
+        fresh = resumed is None and config.checkpoint.init_from
+        weights = keeper.begin_from(config.checkpoint.init_from) if fresh else ""
+    with phases.time("data"):
+        start = (1, 0) if resumed is None else (resumed.step + 1, resumed.samples)
+        ledger = ledger_of(config.out, resumed)
+        data = open_data(config, mesh, start, ledger.holes)
+        if resumed is not None:
+            keeper.check_data(resumed, data)
+    keeper.prepare(tokenizer_files(config.data.tokenizer))
+    watching = Watching(built)
+    reporter = speak(config, mesh, resumed=resumed)
+    guards = Guards(built, data, keeper, reporter, ledger, {} if resumed is None else resumed.state)
+    try:
+        reporter.start(built, data, phases, weights, remarks)
+        return Loop(built, data, reporter, keeper, wishes, watching, heart, guards).run(start[0])
+    except BaseException as error:
+        reporter.fault(error)
+        raise
+    finally:
+        watching.close()
+        keeper.close()
+        reporter.close()
 
 
 @dataclass
@@ -106,9 +132,10 @@ class Loop:
         wishes: Wishes,
         watching: Watching,
         heart: Heart,
+        guards: Guards,
     ) -> None:
         self.built, self.data, self.reporter, self.keeper, self.config = built, data, reporter, keeper, built.config
-        self.wishes, self.watching, self.heart = wishes, watching, heart
+        self.wishes, self.watching, self.heart, self.guards = wishes, watching, heart, guards
         built.trainer.wishes = wishes.now
         self.late: Late | None = None
 
@@ -123,16 +150,20 @@ class Loop:
             batch = self.data.plan.batch(step)
             microbatches = self.data.feed.step(step)
             lr = learning_rate(c.optim, step)
-            clock = StepClock(self.built.mesh) if step == c.log.timeline_step else None
+            timed = step == c.log.timeline_step
+            clock = StepClock(self.built.mesh) if timed or self.guards.times(step) else None
             marks = None if clock is None else clock.marks
             watched = self.due(c.log.statistics_every, step)
             self.watching.begin(step)
             result = self.built.trainer.step(microbatches, batch.size * c.train.seq_len, lr, marks, watched)
             ended = Mark(device)
             looked = self.watching.end(step, self.reporter)
-            if clock is not None:
+            self.guards.after(step, len(microbatches), self.built.trainer.plan, marks)
+            if timed and clock is not None:
                 self.reporter.timeline(step, clock.read(self.built.trainer.plan(len(microbatches))))
             asked = self.flush()
+            if self.guards.goes_back:
+                return GO_BACK
             self.late = Late(step, result, lr, began, ended, batch.size * c.train.seq_len)
             evaluates, samples = self.due(c.train.eval_every, step), self.due(c.log.sample_every, step)
             saves = self.due(c.checkpoint.save_every, step) or self.due(c.checkpoint.export_hf_every, step)
@@ -149,12 +180,16 @@ class Loop:
             if saves or stops or asked.save:
                 self.heart.does("saving")
                 self.save(step, val_loss)
+            if self.guards.goes_back:
+                return GO_BACK
             if stops and step < c.train.steps:
                 return self.stop(step)
             # a step lasts from the end of the one before, but for what is no training
             began = Mark(device) if evaluates or samples or saves or looked else ended
         self.heart.does("the end")
         self.flush()
+        if self.guards.goes_back:
+            return GO_BACK
         self.keeper.finish(self.reporter)
         self.reporter.finish()
         return 0
@@ -162,7 +197,10 @@ class Loop:
     def save(self, step: int, val_loss: Tensor | None) -> None:
         """Keep the state after a step. Its figures are written down before: what is resumed has no gap."""
         self.flush()
-        self.keeper.save(step, self.data, self.reporter, None if val_loss is None else val_loss.item())
+        if self.guards.goes_back:
+            return
+        loss = None if val_loss is None else val_loss.item()
+        self.keeper.save(step, self.data, self.reporter, loss, self.guards.state())
         self.wishes.saved()
 
     def stop(self, step: int) -> int:
@@ -182,6 +220,7 @@ class Loop:
         if late is None:
             return Asked()
         self.reporter.step(late)
+        self.guards.see(late.step, late.result.loss.item())
         return Asked.of(late.result.asked)
 
     def evaluate(self) -> Tensor | None:

@@ -359,6 +359,13 @@ class Reporter:
         files.console.line(f"goodput  {found.line()}")
         return found.as_json()
 
+    def warn(self, event: str, text: str, **facts: Any) -> None:
+        """Something that a person should know, while the run goes on."""
+        if self.files is None:
+            return
+        self.files.console.line(f"{self.files.console.paint('warning', 'yellow', 'bold')}  {text}")
+        self.files.events.write(event, **facts, text=text)
+
     def fault(self, error: BaseException) -> None:
         """Write down what ended the run too early; whoever catches the error tells the terminal."""
         if self.files is None:
