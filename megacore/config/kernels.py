@@ -67,13 +67,8 @@ def kernel_problems(config: RunConfig) -> Iterator[str]:
 
 
 def compile_problems(config: RunConfig) -> Iterator[str]:
-    """Why the core of attention cannot be one graph that all blocks share."""
+    """Why what happens to heads cannot be one graph."""
     m, tp = config.model, config.parallel.tp
-    if m.attention_dropout:
-        yield (
-            f"kernels.compile=true with model.attention_dropout={m.attention_dropout} would compile a graph for each "
-            "layer, for each has masks of its own; use attention_dropout=0, or do not compile"
-        )
     if m.qk_norm and m.qk_norm_over == "all" and tp > 1:
         yield (
             f"kernels.compile=true cannot compile model.qk_norm_over=all with parallel.tp={tp}, whose ranks sum within "

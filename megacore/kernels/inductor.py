@@ -2,9 +2,10 @@
 
 A block is not compiled as one graph. Its products add weight gradients to buffers by hand, put them off, or wait for
 other ranks, none of which a graph may do; what is between them is what compiling gains on, for there every operation
-reads and writes memory. So the pieces are compiled: norms (with the residual's sum), activations, and the core of
-attention with everything that happens to heads. They are functions of tensors alone, so all blocks share a piece's
-graph. Each is a whole graph: what torch cannot compile, or would compile too often, is an error, never quietly eager.
+reads and writes memory. So the pieces are compiled: norms (with the residual's sum), activations, and everything that
+happens to heads before attention, which has kernels of its own. They are functions of tensors alone, so all blocks
+share a piece's graph. Each is a whole graph: what torch cannot compile, or would compile too often, is an error, never
+quietly eager.
 """
 
 from collections.abc import Callable, Collection, Sequence

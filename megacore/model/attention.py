@@ -68,6 +68,19 @@ class Attention(nn.Module):
     def core(self, qkv_to: Tensor, shared: Shared) -> Tensor:
         """Everything between the projections: [t, (n+2m)d] -> [t, nd]."""
         b, s = shared.shape
+        q, k, v = self.heads(qkv_to, b, s, shared.cos, shared.sin)
+        mask, causal = shared.visible[self.window]
+        if shared.training and self.dropout:
+            keep = self.keep(shared, b, s)
+            y_bnsd = self.attend_dropping(q, k, v, mask, causal, self.scale, keep, *self.softcap)
+        else:
+            y_bnsd = self.attend(q, k, v, mask, causal, self.scale, None, *self.softcap)
+        return y_bnsd.transpose(1, 2).reshape(b * s, self.n * self.d)
+
+    def heads(
+        self, qkv_to: Tensor, b: int, s: int, cos: Tensor | None, sin: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [b, n, s, d], keys and values [b, m, s, d], normed and rotated."""
         n, m, d = self.n, self.m, self.d
         qk_bsnd, v_bsmd = qkv_to.view(b, s, n + 2 * m, d).split((n + m, m), 2)
         if self.norm_across:
@@ -75,17 +88,10 @@ class Attention(nn.Module):
         elif self.qk_norm:
             q_bsnd, k_bsmd = qk_bsnd.split((n, m), 2)
             qk_bsnd = torch.cat((self.q_norm(q_bsnd), self.k_norm(k_bsmd)), 2)
-        if shared.cos is not None:
-            qk_bsnd = self.rope(qk_bsnd, shared.cos, shared.sin)
+        if cos is not None:
+            qk_bsnd = self.rope(qk_bsnd, cos, sin)
         q_bsnd, k_bsmd = qk_bsnd.split((n, m), 2)
-        q, k, v = (heads.transpose(1, 2) for heads in (q_bsnd, k_bsmd, v_bsmd))
-        mask, causal = shared.visible[self.window]
-        if shared.training and self.dropout:
-            keep = self.keep(shared, b, s)
-            y_bnsd = self.attend_dropping(q, k, v, mask, causal, self.scale, keep, *self.softcap)
-        else:
-            y_bnsd = self.attend(q, k, v, mask, causal, self.scale, None, *self.softcap)
-        return y_bnsd.transpose(1, 2).reshape(b * s, n * d)
+        return q_bsnd.transpose(1, 2), k_bsmd.transpose(1, 2), v_bsmd.transpose(1, 2)
 
     def keep(self, shared: Shared, b: int, s: int) -> Tensor:
         """The dropout mask of the probabilities [b, n, s, s], keyed by (sample, query, head, key)."""

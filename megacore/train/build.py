@@ -129,7 +129,7 @@ def build_on(config: RunConfig, mesh: ParallelMesh, device: torch.device, phases
         if modules:
             modules.prepare()
         if config.kernels.compile:
-            compile_cores(stages.values())
+            compile_heads(stages.values())
     with phases.time("buffers"):
         coder = fp8 if config.precision.fp8_gather else None
         storage = make_storage(config, spec, stages, mesh, make, updates_on_host(config, device), coder)
@@ -150,18 +150,18 @@ def build_on(config: RunConfig, mesh: ParallelMesh, device: torch.device, phases
             Watch(norm, spec.params, mesh) if watched else None,
             modules or fp8,
         )
-    used = operations_of(config.model, config.precision.fp8)
+    used = operations_of(config.model, config.precision.fp8 if fp8 else "off")
     chosen = (*(c for c in choices if c.operation in used), *of_modules, *of_fp8, *rule.kernels)
     reasons = (*explain(device, dtype, chosen), *packages()) if config.kernels.explain else ()
     failpoints = Failpoints.of(os.environ, mesh.rank)
     return Built(config, spec, mesh, stages, storage, trainer, chosen, reasons, failpoints)
 
 
-def compile_cores(stages: Iterable[Stage]) -> None:
-    """Let every block's attention between its products be one graph, which those of the same shape share."""
+def compile_heads(stages: Iterable[Stage]) -> None:
+    """Let what happens to heads before attention be one graph, which blocks of the same shape share."""
     for attention in (block.get_submodule("attention") for stage in stages for block in stage.blocks):
         assert isinstance(attention, Attention)
-        attention.core = compiled(attention.core)  # type: ignore[method-assign]
+        attention.heads = compiled(attention.heads)  # type: ignore[method-assign]
 
 
 def make_fp8(

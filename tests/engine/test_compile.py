@@ -49,7 +49,7 @@ def same(ours: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_traced_blocks_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch, recompute: str) -> None:
-    """Of three layers one graph for each piece: norm, norm with the residual, core of attention, activation."""
+    """Of three layers one graph for each piece: norm, norm with the residual, heads, activation."""
     monkeypatch.setattr(inductor, "compiled", traced_only)
     monkeypatch.setattr("megacore.train.build.compiled", traced_only)
     ours = alone(COMPILE, f"parallel.recompute={recompute}")
@@ -63,8 +63,8 @@ def test_choices_say_so() -> None:
     backends = {choice.operation: choice.backend for choice in built.kernels}
     assert backends["rms_norm"] == backends["rope"] == inductor.BACKEND
     assert backends["swiglu"] == "reference", "what is named stays"
-    assert all("core" in vars(block.attention) for block in built.stages[0].blocks)
-    assert not any("core" in vars(block.attention) for block in built_rank(0, 1, run_config(1)).stages[0].blocks)
+    assert all("heads" in vars(block.attention) for block in built.stages[0].blocks)
+    assert not any("heads" in vars(block.attention) for block in built_rank(0, 1, run_config(1)).stages[0].blocks)
 
 
 @pytest.mark.slow
@@ -74,7 +74,7 @@ def test_choices_say_so() -> None:
         (),
         ("parallel.recompute=full",),
         ("parallel.recompute=selective",),
-        ("model.family=gpt2", "model.dropout=0.1"),
+        ("model.family=gpt2", "model.dropout=0.1", "model.attention_dropout=0.1"),
         ("model.family=gemma2", "model.sliding_window=5"),
         ("model.family=olmo2",),
         ("model.family=gpt-neox", "model.head_dim=8"),
@@ -84,7 +84,7 @@ def test_choices_say_so() -> None:
 )
 def test_compiled_blocks_give_the_same_gradients(overrides: tuple[str, ...]) -> None:
     ours = alone(COMPILE, *overrides)
-    assert 4 <= counters["stats"]["unique_graphs"] <= 6, "no graph per layer"
+    assert 2 <= counters["stats"]["unique_graphs"] <= 6, "no graph per layer"
     same(ours, alone(*overrides))
 
 
@@ -122,7 +122,6 @@ def test_other_formats_stay_close(overrides: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("overrides", "world_size", "expected"),
     [
-        (("model.attention_dropout=0.1",), 1, "would compile a graph for each layer"),
         (("model.family=olmo2", "parallel.tp=2"), 2, "whose ranks sum within it; use tp=1"),
     ],
 )
