@@ -79,9 +79,10 @@ def fp8_lines(config: RunConfig, spec: ModelSpec, num_bytes: int) -> list[str]:
     kept = f"; layers {', '.join(map(str, skipped))} multiply in {p.dtype}" if skipped else ""
     of_one = " of a block in use" if config.parallel.zero == 3 else ""
     histories = " and histories" if p.fp8 == "delayed" else ""
+    travel = "; weights travel between shards in FP8, too" if p.fp8_gather else ""
     return [
         f"fp8      {p.fp8} scaling, {formats}: {len(fp8_layers(spec, p))} matrices of layers{kept}; at most "
-        f"{human_bytes(num_bytes)} more per rank for weights{of_one} in FP8{histories}"
+        f"{human_bytes(num_bytes)} more per rank for weights{of_one} in FP8{histories}{travel}"
     ]
 
 

@@ -126,5 +126,8 @@ def test_products_in_fp8_are_described() -> None:
         "delayed scaling, E4M3, gradients in E5M2: 24 matrices of layers; layers 0, 7 multiply in bf16; at most 348 kB "
         "more per rank for weights in FP8 and histories"
     )
-    sharded = lines_of(2, "precision.fp8=current", "train.seq_len=16", "train.global_batch_size=2", "parallel.zero=3")
-    assert sharded["fp8"].endswith("; at most 106 kB more per rank for weights of a block in use in FP8")
+    words = ("precision.fp8=current", "train.seq_len=16", "train.global_batch_size=2", "parallel.zero=3")
+    kept = "; at most 106 kB more per rank for weights of a block in use in FP8"
+    assert lines_of(2, *words)["fp8"].endswith(kept)
+    gathers = lines_of(2, *words, "precision.fp8_gather=true")["fp8"]
+    assert gathers.endswith(f"{kept}; weights travel between shards in FP8, too")
