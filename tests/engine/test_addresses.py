@@ -87,7 +87,10 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+QUICK = ("dp2 zero1 bf16", "dp2 zero3")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in LAYOUTS])
 def test_addresses_stay(pool: WorkerPool, name: str) -> None:
     world_size, overrides = LAYOUTS[name]
     config = run_config(world_size, "model.num_layers=4", *overrides)

@@ -47,7 +47,9 @@ def same(ours: Any, expected: Any) -> None:
     assert difference < 1e-10, where
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    "recompute", ["full", *(pytest.param(each, marks=pytest.mark.slow) for each in ("none", "selective"))]
+)
 def test_traced_blocks_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch, recompute: str) -> None:
     """Of three layers one graph for each piece: norm, norm with the residual, heads, activation."""
     monkeypatch.setattr(inductor, "compiled", traced_only)

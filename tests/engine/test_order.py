@@ -88,16 +88,16 @@ def circle(logs: list[list[Said]]) -> str:
 
 
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "dp2": (2, ()),
     "dp2 zero1": (2, ("parallel.zero=1",)),
     "dp2 zero3 muon": (2, ("parallel.zero=3", "optim.name=muon")),
-    "tp2 sequence": (2, ("parallel.tp=2", "parallel.sequence_parallel=true")),
     "tp2 dp2 zero2": (4, ("parallel.tp=2", "parallel.zero=2", "parallel.recompute=full")),
     "pp2 dp2 zero3": (4, ("parallel.pp=2", "parallel.zero=3", "model.tie_embeddings=true")),
-    "pp2 tp2 zb-v": (4, ("parallel.pp=2", "parallel.tp=2", "parallel.schedule=zb-v", "model.num_layers=6")),
-    "hybrid": (4, ("parallel.zero=3", "parallel.dp_shard=2")),
 }
 MORE: dict[str, tuple[int, tuple[str, ...]]] = {
+    "dp2": (2, ()),
+    "tp2 sequence": (2, ("parallel.tp=2", "parallel.sequence_parallel=true")),
+    "pp2 tp2 zb-v": (4, ("parallel.pp=2", "parallel.tp=2", "parallel.schedule=zb-v", "model.num_layers=6")),
+    "hybrid": (4, ("parallel.zero=3", "parallel.dp_shard=2")),
     "pp2 tp2 dp2": (8, ("parallel.pp=2", "parallel.tp=2", "parallel.zero=1", "model.tie_embeddings=true")),
     "pp2 tp2 dp2 zero3": (8, ("parallel.pp=2", "parallel.tp=2", "parallel.zero=3", "parallel.schedule=zb-h1")),
     "pp4 dp2 dualpipe": (

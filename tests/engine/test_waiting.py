@@ -74,7 +74,10 @@ def test_no_optimizer_waits(name: str) -> None:
     assert not waits(calls_in_a_step(0, 1, run_config(1, f"optim.name={name}", "model.num_layers=1")))
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+QUICK = ("tp2 sequence", "dp2 zero3 muon", "pp2 zb-v")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in LAYOUTS])
 def test_nothing_waits_in_any_layout(pool: WorkerPool, name: str) -> None:
     world_size, overrides = LAYOUTS[name]
     config = run_config(world_size, *overrides)
