@@ -164,7 +164,9 @@ def add_layouts(groups: Any) -> None:
     layouts.add_argument("--rounds", type=int, default=3, help="turns that every layout gets (default 3)")
     layouts.add_argument("--steps", type=int, default=8, help="counted steps of each (default 8), behind 2 others")
     layouts.add_argument("--limit", type=float, default=300.0, metavar="S", help="seconds for each (default 300)")
-    layouts.add_argument("--machine", metavar="NAME|FILE", help="predict with this machine, such as calibrate's file")
+    layouts.add_argument(
+        "--points", metavar="FILE", help="predict from what `megacore bench calibrate --output` wrote: calibrate.json"
+    )
     layouts.add_argument(
         "--launcher",
         default="",
@@ -180,7 +182,7 @@ def add_calibrate(groups: Any, common: Any) -> None:
     calibrate = groups.add_parser(
         "calibrate",
         parents=[common],
-        help="products, attention, memory, calls and collectives of this machine; writes what the planner reads",
+        help="products, attention, memory, calls, collectives of this machine; `layouts --points` predicts from them",
     )
     calibrate.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is"
@@ -194,7 +196,6 @@ def add_calibrate(groups: Any, common: Any) -> None:
         help="of collectives; default 2 and 4, or on CUDA the machine's GPUs",
     )
     calibrate.add_argument("--rounds", type=int, default=15, help="timed calls of each collective (default 15)")
-    calibrate.add_argument("--machine", metavar="FILE", help="write a machine file for --machine of plan and layouts")
     calibrate.set_defaults(measure=measure_calibrate, report="megacore.bench.calibrate_report", found="points")
 
 

@@ -10,7 +10,7 @@ The CUDA path (one process per GPU, NCCL) is written and has never been run.
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,8 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megacore.bench.train import SHAPE
+from megacore.config.load import load
+from megacore.config.resolve import resolve
+from megacore.config.schema import ParallelConfig, RunConfig
+from megacore.kernels import table
 from megacore.kernels.fused import attention
-from megacore.kernels.table import Kernels, resolve
+from megacore.kernels.table import Kernels
 from megacore.layout.layout import Layout
 from megacore.mesh import process_group
 from megacore.mesh.collectives import all_gather, all_reduce, all_to_all, barrier, reduce_scatter
@@ -28,11 +33,17 @@ from megacore.mesh.group import Group, Message
 from megacore.mesh.mesh import ParallelMesh
 from megacore.mesh.messages import exchange_start
 from megacore.mesh.rank_info import RankInfo
+from megacore.model.inputs import Inputs
+from megacore.train.build import build
 
 DTYPES = MappingProxyType({"fp32": torch.float32, "bf16": torch.bfloat16})
 
 SAMPLE_S = 0.02
 """What is shorter is repeated within a sample, until it lasts this long."""
+
+COLD_BYTES = 1 << 27
+"""Collectives take turns among tensors of this size together: what they send in training is not in a cache."""
+MOST_TENSORS = 64
 
 
 @dataclass(frozen=True)
@@ -92,7 +103,7 @@ def alone(device: torch.device, dtypes: Sequence[str], say: Callable[[str], obje
     threads = torch.get_num_threads()
     for name in dtypes:
         dtype = DTYPES[name]
-        kernels, _ = resolve(device, dtype)
+        kernels, _ = table.resolve(device, dtype)
         say(f"products, attention and the rest in {name} ...\n")
         yield from _products(device, name, kernels, threads)
         yield from _attention(device, name, threads)
@@ -192,14 +203,14 @@ def measure_alone(
     """One process' part; writes its points to the JSON file ``result``."""
     device = process_group.device_of(info, device_kind)
     torch.set_num_threads(threads)
-    points = list(alone(device, dtypes, lambda text: None))
+    points = [*alone(device, dtypes, lambda text: None), *_step(info, device, threads)]
     Path(result).write_text(json.dumps([asdict(point) for point in points]))
 
 
 def measure_together(
     info: RankInfo, name: str, device_kind: str, sizes: Sequence[int], rounds: int, result: str
 ) -> None:
-    """Collectives of ``sizes`` bytes among all ranks: the slowest rank's best of ``rounds``; rank 0 writes."""
+    """Collectives of ``sizes`` bytes among all ranks: the slowest rank's median of ``rounds``; rank 0 writes."""
     torch.set_num_threads(1)
     device = process_group.device_of(info, device_kind)
     process_group.start(info, device)
@@ -216,16 +227,18 @@ def collectives(info: RankInfo, device: torch.device, sizes: Sequence[int], roun
     world = ParallelMesh.build(Layout(dp=info.world_size, dp_shard=info.world_size), info.rank, device).world
     for size in sizes:
         numel = max(info.world_size, size // 4 // info.world_size * info.world_size)
-        whole, part = torch.ones(numel, device=device), torch.ones(numel // info.world_size, device=device)
+        number = min(MOST_TENSORS, max(1, COLD_BYTES // size))
+        wholes = [torch.ones(numel, device=device) for _ in range(number)]
+        parts = [whole[: numel // info.world_size] for whole in wholes]
         for what, call in (
-            ("all_reduce", lambda whole=whole: all_reduce(whole, world)),
-            ("all_gather", lambda part=part: all_gather(part, world)),
-            ("reduce_scatter", lambda whole=whole: reduce_scatter(whole, world)),
-            ("all_to_all", lambda whole=whole: all_to_all(whole, world)),
-            ("send", lambda whole=whole: _ring(whole, world)),
+            ("all_reduce", lambda turn, wholes=wholes: all_reduce(wholes[turn], world)),
+            ("all_gather", lambda turn, parts=parts: all_gather(parts[turn], world)),
+            ("reduce_scatter", lambda turn, wholes=wholes: reduce_scatter(wholes[turn], world)),
+            ("all_to_all", lambda turn, wholes=wholes: all_to_all(wholes[turn], world)),
+            ("send", lambda turn, wholes=wholes: _ring(wholes[turn], world)),
         ):
-            best = _slowest(call, world, device, rounds)
-            yield Point(what, "fp32", (numel,), best, num_bytes=4.0 * numel, ranks=info.world_size)
+            seconds = _slowest(call, number, world, device, rounds)
+            yield Point(what, "fp32", (numel,), seconds, num_bytes=4.0 * numel, ranks=info.world_size)
 
 
 def _ring(x: Tensor, world: Group) -> None:
@@ -237,17 +250,43 @@ def _ring(x: Tensor, world: Group) -> None:
         each.wait()
 
 
-def _slowest(call: Callable[[], object], world: Group, device: torch.device, rounds: int) -> float:
-    """Of every round the slowest rank's seconds; of those the best."""
+def _slowest(call: Callable[[int], object], number: int, world: Group, device: torch.device, rounds: int) -> float:
+    """Of every round the slowest rank's seconds; of those the median. The call is told which of ``number`` tensors is
+    its turn."""
     seconds = torch.zeros(rounds, dtype=torch.float64, device=device)
-    for number in range(-2, rounds):
+    for turn in range(-2, rounds):
         barrier(world)
         start = time.perf_counter()
-        call()
+        call(turn % number)
         _settle(device)
-        if number >= 0:
-            seconds[number] = time.perf_counter() - start
-    return float(all_reduce(seconds, world, "max").min())
+        if turn >= 0:
+            seconds[turn] = time.perf_counter() - start
+    return float(all_reduce(seconds, world, "max").median())
+
+
+def reference_run() -> RunConfig:
+    """A small Llama on one process, of which a whole step is timed: what parts measured by themselves, with all they
+    need in caches, leave out."""
+    config = load(None, SHAPE)
+    return resolve(replace(config, parallel=ParallelConfig(dp=1)), 1)
+
+
+def _step(info: RankInfo, device: torch.device, threads: int) -> Iterator[Point]:
+    config = reference_run()
+    trainer = build(config, info, device).trainer
+    t = config.train
+    inputs = [made_up_inputs(config, device) for _ in range(t.global_batch_size // t.micro_batch_size)]
+    seconds = timed(lambda: trainer.step(inputs, t.global_batch_size * t.seq_len, 1e-3), device)
+    sizes = (t.global_batch_size, t.seq_len)
+    yield Point("step", config.precision.dtype, sizes, seconds, threads=threads)
+
+
+def made_up_inputs(config: RunConfig, device: torch.device) -> Inputs:
+    """A microbatch of random tokens."""
+    shape = config.train.micro_batch_size, config.train.seq_len + 1
+    text = torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
+    ordinal_b = torch.arange(shape[0], device=device)
+    return Inputs(text[:, :-1].contiguous(), text[:, 1:].contiguous(), ordinal_b)
 
 
 def points_of(path: Path) -> list[Point]:

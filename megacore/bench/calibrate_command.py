@@ -10,9 +10,9 @@ import torch
 from megacore.bench.calibrate import DTYPES, Point, points_of
 from megacore.processes import usable_cores
 
-SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24)
+SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
 """Bytes of collectives' tensors."""
-MORE_SIZES = (1 << 26, 1 << 28)
+MORE_SIZES = (1 << 28,)
 """Beside these on GPUs."""
 
 Ranks = Callable[..., AbstractContextManager[Path]]

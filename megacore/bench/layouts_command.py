@@ -25,13 +25,13 @@ def run(arguments: argparse.Namespace, machine: Mapping[str, object]) -> tuple[s
     config = requested(arguments)
     folder = Path(arguments.output)
     trials = trials_of(config, arguments.layouts, arguments.choose, arguments.max_ranks)
-    predicted = predict(trials, arguments.machine)  # first: what cannot be predicted is told before anything runs
+    predicted = predict(trials, arguments.points)  # first: what cannot be predicted is told before anything runs
     results = Results(folder / "layouts.jsonl", key_of(config), {"machine": dict(machine)})
     how = How(folder, arguments.steps, arguments.limit, arguments.launcher)
     with ending_trials():
         sweep(trials, arguments.rounds, results, lambda trial, number: run_trial(how, trial, number), sys.stderr.write)
     found = collect(trials, results, predicted)
-    about = {"machine": dict(machine), "predicted_with": arguments.machine or ""}
+    about = {"machine": dict(machine), "predicted_with": arguments.points or ""}
     write(folder, found, about)
     code = 0 if any(one.status == "ok" for one in found) else 1
     if not arguments.json:
@@ -94,16 +94,16 @@ def requested(arguments: argparse.Namespace) -> RunConfig:
     return replace(config, data=replace(config.data, blend=blend, split=(1.0, 0.0, 0.0)))
 
 
-def predict(trials: Sequence[Trial], machine: str | None) -> dict[str, float]:
-    """Seconds of a step by layout, as the planner has them; nothing without a machine. Raises ValueError for one that
-    is not known."""
-    if not machine:
+def predict(trials: Sequence[Trial], points: str | None) -> dict[str, float]:
+    """Seconds of a step by layout, from the points that `megacore bench calibrate` wrote; nothing without them. Raises
+    ValueError for another file."""
+    if not points:
         return {}
-    from megacore.cost.estimate import estimate
-    from megacore.cost.machine import find_machine
+    from megacore.bench.layout_model import Prices, predict, within_a_step
 
-    on = find_machine(machine)
-    return {trial.text: estimate(resolved(trial), trial.num_ranks, on).step.seconds for trial in trials}
+    prices = Prices.read(Path(points))
+    longer = within_a_step(prices)
+    return {trial.text: predict(resolved(trial), trial.num_ranks, prices, longer) for trial in trials}
 
 
 def resolved(trial: Trial) -> RunConfig:

@@ -5,8 +5,10 @@ Every buffer, module and message of a real run has its shape here, so sizes are 
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,10 +26,6 @@ from megacore.train.live import FlashAttention, LiveBytes
 from megacore.train.schedule import num_microbatches
 
 META = torch.device("meta")
-BEYOND = 2
-"""Microbatches, beside those that fill the pipeline, of a step that is walked: every further one costs as much as the
-last of these."""
-
 Traffic = tuple[str, str, int, float]
 """(axis, operation, how many, bytes that this rank sends under the bandwidth-optimal algorithm)."""
 
@@ -51,8 +49,23 @@ class Imagined:
     spec: StateBytes
     step_bytes: int | None = None
     """The most memory that a step holds besides the state: activations, whole units, logits, temporaries."""
-    traffic: tuple[Traffic, ...] = ()
-    """Of one step."""
+    records: tuple[tuple[CommRecord, float], ...] = ()
+    """The collectives and messages of one step, and how often each."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Ranks of each axis."""
+    beside: float = 0.0
+    """What a walk was asked to add up beside, for all of the step."""
+
+    @property
+    def traffic(self) -> tuple[Traffic, ...]:
+        """Counts and bytes of the step by axis and operation."""
+        counts: defaultdict[tuple[str, str], float] = defaultdict(float)
+        sent: defaultdict[tuple[str, str], float] = defaultdict(float)
+        for record, number in self.records:
+            key = record.axis, record.operation
+            counts[key] += number
+            sent[key] += number * record.wire_elements(self.sizes[record.axis]) * record.dtype.itemsize
+        return tuple((*key, round(counts[key]), sent[key]) for key in sorted(counts))
 
     @property
     def agrees(self) -> bool:
@@ -64,6 +77,16 @@ class Imagined:
         """All state on the device, with gaps."""
         built = sum(held.memory for held in self.state.values())
         return built if "optimizer" in self.state else built + self.spec.optimizer
+
+
+class Adding(Protocol):
+    """A context that adds up seconds, or whatever else, of operations while a step is walked within it."""
+
+    seconds: float
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *error: Any) -> Any: ...
 
 
 class Imagination:
@@ -81,8 +104,8 @@ class Imagination:
         if config.optim.offload != "none":
             self.unbuilt = "its state lies in host memory or files, which a dry run does not fill"
 
-    def rank(self, number: int, walk: bool) -> Imagined:
-        """One rank, built; ``walk``: take it through a step, too, if that can be done."""
+    def rank(self, number: int, walk: bool, beside: "Adding | None" = None) -> Imagined:
+        """One rank, built; ``walk``: take it through a step, too, if that can be done, with ``beside`` entered."""
         log = CommLog()
         mesh = ParallelMesh.imagined(self.layout, number, self.partitions, log)
         try:
@@ -96,8 +119,10 @@ class Imagination:
         found = Imagined(number, self.layout.coordinate(number), state, self.spec_of(built))
         if not walk or self.unwalked:
             return found
-        step_bytes, traffic = walked(built, log)
-        return replace(found, step_bytes=step_bytes, traffic=traffic)
+        walk_of = walked(built, log, beside)
+        sizes = {record.axis: getattr(mesh, record.axis).size for record in walk_of.records}
+        records = tuple(walk_of.records.items())
+        return replace(found, step_bytes=walk_of.peak, records=records, sizes=sizes, beside=walk_of.beside)
 
     @property
     def unwalked(self) -> str:
@@ -164,8 +189,27 @@ def memory_of(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def walked(built: Built, log: CommLog) -> tuple[int, tuple[Traffic, ...]]:
-    """The peak and the traffic of one step.
+@dataclass(frozen=True)
+class Walk:
+    """What a step of some microbatches took."""
+
+    peak: int
+    records: Counter[CommRecord]
+    beside: float
+
+    def longer(self, shorter: "Walk", times: float) -> "Walk":
+        """A step in which what this one has more than a ``shorter`` one comes ``times`` more often."""
+
+        def more(mine: float, its: float) -> float:
+            return mine + (mine - its) * times
+
+        records = {record: more(count, shorter.records[record]) for record, count in self.records.items()}
+        peak = round(max(self.peak, more(self.peak, shorter.peak)))
+        return Walk(peak, Counter(records), more(self.beside, shorter.beside))
+
+
+def walked(built: Built, log: CommLog, beside: "Adding | None") -> Walk:
+    """One step.
 
     Many microbatches are not walked one by one: what a further one adds is the same each time, and is taken from two
     shorter steps. (Lists for fewer are the beginnings of longer ones.)
@@ -176,39 +220,23 @@ def walked(built: Built, log: CommLog) -> tuple[int, tuple[Traffic, ...]]:
     fewer = (config.parallel.pp + 1) * (2 if round_ > 1 else 1)
     most = fewer + round_
     if number <= most:
-        peak, traffic = step_of(built, log, number)
-        return peak, traffic_of(traffic, {}, 0, built)
-    few_peak, few = step_of(built, log, fewer)
-    peak, many = step_of(built, log, most)
-    times = (number - most) / (most - fewer)
-    return round(peak + max(0, peak - few_peak) * times), traffic_of(many, few, times, built)
+        return step_of(built, log, number, beside)
+    shorter = step_of(built, log, fewer, beside)
+    return step_of(built, log, most, beside).longer(shorter, (number - most) / (most - fewer))
 
 
-def step_of(built: Built, log: CommLog, number: int) -> tuple[int, Counter[CommRecord]]:
-    """The peak of a step of ``number`` microbatches, and its collectives."""
+def step_of(built: Built, log: CommLog, number: int, beside: "Adding | None" = None) -> Walk:
+    """A step of ``number`` microbatches."""
     config, live = built.config, LiveBytes()
     microbatches = [inputs_of(config) for _ in range(number)]
     log.clear()
+    before = beside.seconds if beside else 0.0
     # which of the tokens are this rank's rows of the embedding is not known: all, then
     all_of_them = fx_config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
-    with all_of_them, FlashAttention(), live:
+    with all_of_them, FlashAttention(), live, beside or nullcontext():
         built.trainer.step(microbatches, config.train.global_batch_size * config.train.seq_len, config.optim.lr)
         built.storage.arrive()
-    return live.peak, Counter(log)
-
-
-def traffic_of(
-    many: Mapping[CommRecord, int], few: Mapping[CommRecord, int], times: float, built: Built
-) -> tuple[Traffic, ...]:
-    """Counts and bytes by axis and operation: of ``many``, and ``times`` what it has more than ``few``."""
-    counts: defaultdict[tuple[str, str], float] = defaultdict(float)
-    sent: defaultdict[tuple[str, str], float] = defaultdict(float)
-    for record, count in many.items():
-        number = count + (count - few.get(record, 0)) * times
-        key = record.axis, record.operation
-        counts[key] += number
-        sent[key] += number * record.wire_elements(getattr(built.mesh, record.axis).size) * record.dtype.itemsize
-    return tuple((*key, round(counts[key]), sent[key]) for key in sorted(counts))
+    return Walk(live.peak, Counter(log), beside.seconds - before if beside else 0.0)
 
 
 def inputs_of(config: RunConfig) -> Inputs:
