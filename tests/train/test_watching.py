@@ -68,6 +68,7 @@ def watched(rank: int, world_size: int, config: RunConfig) -> list[str]:
     return shown
 
 
+@pytest.mark.slow
 def test_several_ranks(pool: WorkerPool, tmp_path: Path) -> None:
     overrides = ("parallel.tp=2", "parallel.pp=2", "log.profile=[2,2]", "log.profile_ranks=[0,3]")
     config = run_config(4, *overrides, "log.communication=1", f"out={tmp_path}")
