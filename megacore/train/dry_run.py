@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megacore.config.schema import RunConfig
+from megacore.cost.memory import RankMemory, memory_by_rank
 from megacore.layout.layout import Layout
 from megacore.monitor.console import human_bytes
 from megacore.schedule.live import peak_activations
@@ -38,7 +39,8 @@ class Stand:
 
 @dataclass(frozen=True)
 class DryRun:
-    """Ranks as they were built; ``unbuilt`` is why the optimizer was not, if it was not."""
+    """Ranks as they were built; ``unbuilt`` is why the optimizer was not, if it was not. A step that nobody walked is
+    told as the planner has it."""
 
     config: RunConfig
     layout: Layout
@@ -46,6 +48,8 @@ class DryRun:
     stands: tuple[Stand, ...]
     ranks: tuple[Imagined, ...]
     pipeline: Pipeline
+    memory: tuple[RankMemory, ...]
+    """What the planner says of each pipeline rank."""
     unbuilt: str = ""
     unwalked: str = ""
     """Why no rank was taken through a step, if none was."""
@@ -53,9 +57,15 @@ class DryRun:
     gpu_bytes: float = 0.0
     """Memory of one ``gpu``, if one was named."""
 
+    def planned(self, rank: Imagined) -> int:
+        """What the planner says of a step's activations and buffers."""
+        of = self.memory[rank.at["pp"]]
+        return of.activations + of.buffers
+
     def total(self, rank: Imagined) -> int:
-        """All of the device's memory that is known of a rank."""
-        return rank.state_bytes + (rank.step_bytes or 0)
+        """All of the device's memory that tensors take on a rank."""
+        step = self.planned(rank) if rank.step_bytes is None else rank.step_bytes
+        return rank.state_bytes + step
 
     def lines(self) -> list[str]:
         """For people."""
@@ -104,8 +114,9 @@ class DryRun:
             "spec": {kind: getattr(rank.spec, kind) for kind in (*KINDS, "host", "files")},
             "agrees": rank.agrees,
             "step": rank.step_bytes,
+            "planned_step": self.planned(rank),
             "total": total,
-            "fits": total <= self.gpu_bytes if self.gpu and rank.step_bytes is not None else None,
+            "fits": total <= self.gpu_bytes if self.gpu else None,
             "communication": [
                 {"axis": axis, "operation": operation, "count": count, "bytes": size}
                 for axis, operation, count, size in rank.traffic
@@ -114,15 +125,14 @@ class DryRun:
 
     def _table(self) -> Iterator[list[str]]:
         limit = [f"of {self.gpu_bytes / GB:.0f} GB"] if self.gpu else []
-        yield ["rank", "pp", "tp", "like it", *KINDS, "a step's peak", "together", *limit]
+        yield ["rank", "pp", "tp", "like it", *KINDS, "a step's peak", "as planned", "together", *limit]
         for stand, rank in zip(self.stands, self.ranks):
             sizes = [rank.state[kind].memory if kind in rank.state else getattr(rank.spec, kind) for kind in KINDS]
             step = "not walked" if rank.step_bytes is None else human_bytes(rank.step_bytes)
             share = [f"{self.total(rank) / self.gpu_bytes:.0%}"] if self.gpu else []
-            together = human_bytes(self.total(rank)) if rank.step_bytes is not None else ""
-            share = share if together else []
             at = [str(rank.rank), str(rank.at["pp"]), str(rank.at["tp"]), str(stand.number)]
-            yield [*at, *map(human_bytes, sizes), step, together, *share]
+            all_of_it = human_bytes(self.total(rank))
+            yield [*at, *map(human_bytes, sizes), step, human_bytes(self.planned(rank)), all_of_it, *share]
 
     def _traffic(self, rank: Imagined) -> Iterator[str]:
         words = [
@@ -163,7 +173,8 @@ def dry_run(config: RunConfig, world: int, device: str, gpu: str = "", gpu_bytes
     stands = stands_of(config, imagination.layout, pipeline)
     ranks = tuple(imagination.rank(stand.rank, stand.walk) for stand in stands)
     reasons = imagination.unbuilt, imagination.unwalked
-    return DryRun(config, imagination.layout, device, stands, ranks, pipeline, *reasons, gpu, gpu_bytes)
+    memory = memory_by_rank(config, imagination.layout)
+    return DryRun(config, imagination.layout, device, stands, ranks, pipeline, memory, *reasons, gpu, gpu_bytes)
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
