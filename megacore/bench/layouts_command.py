@@ -31,7 +31,8 @@ def run(arguments: argparse.Namespace, machine: Mapping[str, object]) -> tuple[s
     with ending_trials():
         sweep(trials, arguments.rounds, results, lambda trial, number: run_trial(how, trial, number), sys.stderr.write)
     found = collect(trials, results, predicted)
-    about = {"machine": dict(machine), "predicted_with": arguments.points or ""}
+    settings = {**settings_of(config), "rounds": arguments.rounds, "launcher": bool(arguments.launcher)}
+    about = {"machine": dict(machine), "settings": settings, "predicted_with": arguments.points or ""}
     write(folder, found, about)
     code = 0 if any(one.status == "ok" for one in found) else 1
     if not arguments.json:
@@ -92,6 +93,21 @@ def requested(arguments: argparse.Namespace) -> RunConfig:
         return config
     blend = ((1.0, str(Path(made_up_data(config, Path(arguments.output), config.train.steps)).resolve())),)
     return replace(config, data=replace(config.data, blend=blend, split=(1.0, 0.0, 0.0)))
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """What was trained, in the words of the other benchmarks."""
+    model, train = config.model, config.train
+    return {
+        "layers": model.num_layers,
+        "hidden": model.hidden_size,
+        "vocabulary": model.vocab_size,
+        "sequence": train.seq_len,
+        "batch": train.global_batch_size,
+        "micro_batch": train.micro_batch_size,
+        "steps": train.steps,
+        "dtype": config.precision.dtype,
+    }
 
 
 def predict(trials: Sequence[Trial], points: str | None) -> dict[str, float]:
