@@ -4,7 +4,6 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from megacore.config.errors import did_you_mean
 from megacore.config.schema import RunConfig
 from megacore.config.write import to_toml
 from megacore.layout.layout import Layout
@@ -31,12 +30,9 @@ def show(config: RunConfig, world_size: int, args: argparse.Namespace) -> str:
 
 def memory_of(gpu: str) -> float:
     """Bytes of a GPU's memory. Raises ValueError for a name that is not known."""
-    from megacore.cost.hardware import ACCELERATORS
+    from megacore.cost.machine import find_machine
 
-    known = {each.name: each.memory_gb for each in ACCELERATORS}
-    if gpu not in known:
-        raise ValueError(f"--gpu={gpu} is not known; {did_you_mean(gpu, tuple(known))}")
-    return known[gpu] * 1e9
+    return find_machine(gpu).accelerator.memory_gb * 1e9
 
 
 def device_of(config: RunConfig, gpu: str | None) -> str:

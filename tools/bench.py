@@ -196,6 +196,9 @@ def add_calibrate(groups: Any, common: Any) -> None:
         help="of collectives; default 2 and 4, or on CUDA the machine's GPUs",
     )
     calibrate.add_argument("--rounds", type=int, default=15, help="timed calls of each collective (default 15)")
+    calibrate.add_argument(
+        "--machine", metavar="FILE.toml", help="on GPUs: write what differs from the known machine, for `plan --gpu`"
+    )
     calibrate.set_defaults(measure=measure_calibrate, report="megacore.bench.calibrate_report", found="points")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from megacore.bench.calibrate import DTYPES, Point, points_of
+from megacore.bench.machine_file import base_of, machine_file
 from megacore.processes import usable_cores
 
 SIZES = (1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
@@ -22,6 +23,8 @@ Ranks = Callable[..., AbstractContextManager[Path]]
 def measure(arguments: argparse.Namespace, ranks: Ranks) -> list[Point]:
     """All points; the machine file, if asked for. Raises ValueError for what cannot be measured."""
     device, dtypes, groups = plan(arguments.device, arguments.dtype, arguments.ranks)
+    name = torch.cuda.get_device_name() if device == "cuda" else "a CPU"
+    base = base_of(name) if arguments.machine else None  # first: what cannot be written is told before it is measured
     points: list[Point] = []
     for threads in (1, usable_cores()) if device == "cpu" and usable_cores() > 1 else (1,):
         name = f"one rank, {threads} thread{'s' * (threads > 1)}"
@@ -32,6 +35,8 @@ def measure(arguments: argparse.Namespace, ranks: Ranks) -> list[Point]:
         told = device, sizes, arguments.rounds
         with ranks("megacore.bench.calibrate:measure_together", number, f"{number} ranks", *told) as result:
             points += points_of(result)
+    if base is not None:
+        Path(arguments.machine).write_text(machine_file(points, base), encoding="utf-8")
     return points
 
 

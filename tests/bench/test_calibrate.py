@@ -13,6 +13,8 @@ import torch
 from megacore.bench.calibrate import Point, collectives, timed
 from megacore.bench.calibrate_command import SIZES, measure, plan
 from megacore.bench.calibrate_report import table, write
+from megacore.bench.machine_file import base_of, machine_file
+from megacore.cost.machine import find_machine
 from megacore.exits import run as run_command
 from megacore.mesh.rank_info import RankInfo
 from tests.pool import WorkerPool
@@ -46,6 +48,7 @@ def test_what_there_is_not_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
     assert plan("cpu", None, None) == ("cpu", ["fp32"], [2, 4])
     for words, told in (
         (["--dtype", "fp8"], "--dtype=fp8 is not measured; use one of fp32, bf16"),
+        (["--device", "cpu", "--machine", "mine.toml"], "a CPU is none of the known a100-40gb"),
         (["--device", "cpu", "--ranks", "1"], "--ranks=1: collectives are between 2 ranks or more"),
         *([] if torch.cuda.is_available() else [(["--device", "cuda"], "torch finds no GPU here")]),
     ):
@@ -107,3 +110,25 @@ def test_collectives_are_timed_by_the_slowest_rank(pool: WorkerPool) -> None:
     assert [point.what for point in first] == ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
     assert all(point.ranks == 2 and point.num_bytes == 1 << 10 and point.seconds > 0 for point in first)
     assert first == second
+
+
+def test_a_machine_file_says_what_was_measured(tmp_path: Path) -> None:
+    base = base_of("NVIDIA H100 80GB HBM3")
+    peak, bandwidth = base.accelerator.bf16 * 1e12, base.accelerator.memory_gb_per_s * 1e9
+    points = (
+        Point("gemm", "bf16", (8, 8, 8), 1e12 / (0.6 * peak), flops=1e12),
+        Point("gemm", "bf16", (1, 1, 1), 1.0, flops=1.0),
+        Point("attention", "bf16", (1,), 1e12 / (0.4 * peak), flops=1e12),
+        Point("copy", "bf16", (1,), 1e9 / (0.8 * bandwidth), num_bytes=1e9),
+        Point("call", "fp32", (8,), 7e-6),
+        Point("all_reduce", "fp32", (256,), 14 * 5e-6, num_bytes=1024, ranks=8),
+        Point("all_reduce", "fp32", (1 << 28,), 2 * 7 / 8 * (1 << 30) / 300e9, num_bytes=1 << 30, ranks=8),
+    )
+    path = tmp_path / "mine.toml"
+    path.write_text(machine_file(points, base))
+    machine = find_machine(str(path))
+    reached = machine.reached
+    assert (reached.gemm, reached.attention, reached.memory) == pytest.approx((0.6, 0.4, 0.8))
+    assert (reached.host_us, machine.node.gb_per_s, machine.node.latency_us) == pytest.approx((7.0, 300.0, 5.0))
+    assert machine.network == base.network, "what was not measured stays"
+    assert machine.accelerator == base.accelerator
