@@ -2,7 +2,7 @@
 
 All figures are the vendor's data-sheet values for dense matrices (data sheets like to print the 2:4 sparse figure,
 which is twice as large), in TFLOP/s, GB and GB/s with 1 G = 1e9. Source: NVIDIA data sheets of A100 (2021), H100
-(2023), H200 (2024) and HGX B200 (2025, per GPU).
+(2023), H200 (2024), HGX B200 and B300, GB200 and GB300 NVL72 (2025, per GPU).
 """
 
 import re
@@ -52,7 +52,10 @@ ACCELERATORS = (
     Accelerator("h100-sxm", r"\bH100\b.*\b80GB\b", 66.9, 66.9, 494.7, 989.4, 989.4, 1978.9, 80, 3350),
     Accelerator("h200-nvl", r"\bH200 NVL", 60.0, 60.0, 417.5, 835.5, 835.5, 1671.0, 141, 4800),
     Accelerator("h200", r"\bH200\b", 66.9, 66.9, 494.7, 989.4, 989.4, 1978.9, 141, 4800),
+    Accelerator("gb200", r"\bGB200\b", 40.0, 80.0, 1250.0, 2500.0, 2500.0, 5000.0, 186, 8000),
+    Accelerator("gb300", r"\bGB300\b", 1.3, 77.0, 1250.0, 2500.0, 2500.0, 5000.0, 279, 8000),
     Accelerator("b200", r"\bB200\b", 37.0, 75.0, 1100.0, 2250.0, 2250.0, 4500.0, 180, 7700),
+    Accelerator("b300", r"\bB300\b", 1.2, 75.0, 1100.0, 2250.0, 2250.0, 4500.0, 270, 7700),
 )
 
 

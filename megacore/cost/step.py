@@ -1,0 +1,358 @@
+"""How long a training step takes: every stage's work, through the schedule, with what travels and what follows it.
+
+    step = (pipeline + sums and gathers over dp that nothing hides + optimizer) x stragglers + host
+
+A stage's work is that of its blocks (``cost/blocks.py``); the pipeline's time is that of the schedule's own list,
+simulated, or of its closed form (``cost/pipelines.py``), which takes a fraction of a millisecond.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megacore.config.schema import RunConfig
+from megacore.cost.blocks import Parts, Share, Work, block_work, ends_work
+from megacore.cost.collectives import collective_s
+from megacore.cost.roofline import Device
+from megacore.cost.machine import Machine
+from megacore.cost.pipelines import StageTimes, pipeline_s
+from megacore.cost.practice import OURS, Practice
+from megacore.cost.simulate import Durations, simulate
+from megacore.cost.states import Cut, kinds_of, layers_of, sizes_of
+from megacore.cost.timeline import Timeline
+from megacore.layout.layout import Layout
+from megacore.schedule.generators.generate import generate
+from megacore.schedule.generators.placement import fold, loop
+from megacore.schedule.schedule import Schedule
+from megacore.schedule.text import from_text
+from megacore.spec.memory import ITEM_BYTES
+
+STATE_BYTES = 30.0
+"""What AdamW with fp32 master weights moves of an element, and its norm's part."""
+HOST_GB_PER_S = 20.0
+"""Between a device and its host: what offloaded state travels at."""
+STRAGGLING = 0.01
+"""How much longer a step takes for every doubling of nodes: the slowest of more ranks sets the pace."""
+CONTENTION = 0.1
+"""Of collectives that go beside computing, what they take away from it."""
+FIRST = 3
+"""Forward, input gradient, weight gradient."""
+
+Seconds = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step. ``communication`` is what is waited for by axis, ``hidden`` what goes beside computing;
+    ``breakdown`` are the parts that add up to ``seconds``, those of the pipeline as the mean of its ranks."""
+
+    seconds: float
+    bubble_fraction: float
+    compute: float
+    optimizer: float
+    communication: Mapping[str, float]
+    hidden: Mapping[str, float]
+    breakdown: Mapping[str, float]
+    timeline: Timeline | None = field(default=None, repr=False, compare=False)
+
+
+def step_time(
+    config: RunConfig, layout: Layout, machine: Machine, practice: Practice = OURS, simulate: bool = True
+) -> StepTime:
+    """Price a step of a resolved run; ``simulate``: the schedule's list rather than its formula. Raises ValueError where
+    the layers cannot be cut into the layout's stages."""
+    return _Step(config, layout, machine, practice).time(simulate)
+
+
+class _Step:
+    """What the parts of one layout's step take."""
+
+    def __init__(self, config: RunConfig, layout: Layout, machine: Machine, practice: Practice) -> None:
+        self.config, self.layout, self.machine, self.practice = config, layout, machine, practice
+        p, t = config.parallel, config.train
+        self.item = ITEM_BYTES[config.precision.dtype]
+        self.microbatches = max(1, t.global_batch_size // (t.micro_batch_size * layout.dp))
+        device = Device(machine, config.precision.dtype, config.precision.fp8 != "off", self.item)
+        self.share = Share(
+            device=device,
+            practice=practice,
+            seq_len=t.seq_len,
+            tokens=t.micro_batch_size * t.seq_len // layout.cp,
+            tp=layout.tp,
+            cp=layout.cp,
+            ep=layout.ep,
+            etp=layout.etp,
+            sequence=p.sequence_parallel,
+            regather=p.regather_inputs,
+            recompute=p.recompute,
+        )
+        self.stages = layers_of(config.model, t.seq_len, layout.num_stages, p.stage_layers)
+        self.kinds = kinds_of(config.model, config.optim, config.precision)
+        self.sizes = _Sizes(config, layout, practice)
+        self.home = self.placement()
+
+    def placement(self) -> list[int]:
+        """The rank of each stage."""
+        folded = self.config.parallel.schedule in ("zb-v", "dualpipe-v")
+        pp, chunks = self.layout.pp, self.layout.chunks
+        home = [0] * self.layout.num_stages
+        for rank in range(pp):
+            for stage in fold(rank, pp) if folded else loop(rank, pp, chunks):
+                home[stage] = rank
+        return home
+
+    def works(self) -> list[tuple[Parts, Parts, Parts]]:
+        """Of each stage: a microbatch's forward, input gradient and weight gradient."""
+        model, last = self.config.model, len(self.stages) - 1
+        embedding, head = ends_work(model, self.share)
+        found = []
+        for stage, layers in enumerate(self.stages):
+            counts: dict[int, int] = {}
+            for layer in layers:
+                counts[self.kinds[layer]] = counts.get(self.kinds[layer], 0) + 1
+            units: list[tuple[Work, int]] = [(self.block(kind), n) for kind, n in counts.items()]
+            units += [(embedding, 1)] * (stage == 0) + [(head, 1)] * (stage == last)
+            found.append(tuple(_total([(unit[half], n) for unit, n in units]) for half in range(FIRST)))
+        return found  # type: ignore[return-value]
+
+    def block(self, kind: int) -> Work:
+        """A block's work; under ZeRO-3 its parameters are gathered beside it, and under ZeRO-2 gradients are summed."""
+        return block_work(self.config.model, kind, self.share)
+
+    def time(self, simulated: bool) -> StepTime:
+        """All together."""
+        works = self.works()
+        waits = self.unit_waits(works)
+        times = self.stage_times(works, waits)
+        p2p, parcels = self.message()
+        chosen = self.schedule() if simulated else None
+        timeline = None
+        if chosen is not None:
+            timeline = simulate(chosen, self.durations(times, p2p))
+            pipeline = timeline.makespan
+        else:
+            pipeline = pipeline_s(self.config.parallel.schedule, times, self.microbatches, p2p)
+        return self.assemble(works, times, pipeline, p2p, parcels, timeline, waits)
+
+    def stage_times(self, works: list[tuple[Parts, Parts, Parts]], waits: list[tuple[float, float]]) -> StageTimes:
+        """Seconds of each stage, slowed by what goes beside."""
+        pace = self.practice.pace
+        rows = []
+        for (forward, back, weight), (wait_forward, wait_back) in zip(works, waits, strict=True):
+            rows.append(
+                (
+                    (forward.seconds + CONTENTION * _hidden(forward)) / pace + wait_forward,
+                    (back.seconds + CONTENTION * _hidden(back)) / pace + wait_back,
+                    weight.seconds / pace,
+                )
+            )
+        return StageTimes(np.array(rows), tuple(self.home), self.layout.pp)
+
+    def durations(self, times: StageTimes, p2p: float) -> Durations:
+        """For the simulator."""
+        forward, back, weight = times.rows.T
+        send = p2p if self.practice.p2p_beside else 0.0
+        return Durations(forward.tolist(), (back + weight).tolist(), back.tolist(), weight.tolist(), p2p=send)
+
+    def schedule(self) -> Schedule:
+        """The run's list."""
+        p = self.config.parallel
+        if p.schedule.endswith(".txt"):
+            return from_text(Path(p.schedule).read_text(encoding="utf-8"), p.schedule)
+        return _generated(p.schedule, self.layout.pp, self.microbatches, self.layout.chunks)
+
+    def message(self) -> tuple[float, float]:
+        """(seconds of a message between stages, its bytes)."""
+        if self.layout.pp == 1:
+            return 0.0, 0.0
+        size = self.share.outside * self.config.model.hidden_size * self.item
+        if self.practice.p2p_split and not self.share.sequence:
+            size /= self.layout.tp
+        stride = self.layout.tp * self.layout.cp * self.layout.dp
+        seconds = collective_s(self.machine, "send", size, 2, stride)
+        return seconds, size
+
+    def unit_waits(self, works: list[tuple[Parts, Parts, Parts]]) -> list[tuple[float, float]]:
+        """Of each stage's microbatch, what forward and backward wait for parameters (ZeRO-3) and sums (ZeRO-2, 3)."""
+        zero, layout = self.layout.zero, self.layout
+        if zero < 2 or layout.dp * layout.cp == 1:
+            return [(0.0, 0.0)] * len(works)
+        kept = self.practice.whole_units and layout.pp > 1
+        found = []
+        for stage, (forward, back, weight) in enumerate(works):
+            numel = self.sizes.of_stage(stage, self.stages, self.kinds)
+            gather = self.over_data("all_gather", numel * self.item, numel) if zero == 3 and not kept else 0.0
+            summed = 0.0 if kept else self.over_data("reduce_scatter", numel * self.reduce_bytes, numel)
+            if kept:
+                found.append((0.0, 0.0))
+                continue
+            found.append(
+                (self.exposed(gather, forward.seconds), self.exposed(gather + summed, back.seconds + weight.seconds))
+            )
+        return found
+
+    def exposed(self, collectives: float, beside: float) -> float:
+        """What is waited for, where ``beside`` seconds of computing may hide the collectives."""
+        hidden = min(collectives * self.practice.overlap_dp, beside)
+        return collectives - hidden + CONTENTION * hidden
+
+    @property
+    def reduce_bytes(self) -> float:
+        """Of a gradient that travels."""
+        return self.practice.reduce_bytes or float(ITEM_BYTES[self.config.precision.grad_reduce_dtype])
+
+    def over_data(self, kind: str, num_bytes: float, numel: float) -> float:
+        """Seconds of a collective over the ranks that shard, and of that over replicas."""
+        layout = self.layout
+        shards = layout.dp_shard * layout.cp
+        seconds = collective_s(self.machine, kind, num_bytes, shards, layout.tp)
+        if layout.dp_replicate > 1 and kind == "reduce_scatter":
+            stride = layout.tp * shards
+            seconds += collective_s(self.machine, "all_reduce", num_bytes / shards, layout.dp_replicate, stride)
+        return seconds
+
+    def data_parallel(self, times: StageTimes) -> tuple[float, float]:
+        """(waited for, hidden) after or beside the pipeline: sums of gradients, gathers of updated parameters."""
+        layout, zero = self.layout, self.layout.zero
+        if layout.dp * layout.cp == 1:
+            return 0.0, 0.0
+        kept = self.practice.whole_units and layout.pp > 1
+        worst = hidden = 0.0
+        for rank in range(layout.pp):
+            own = [stage for stage, its in enumerate(self.home) if its == rank]
+            numel = sum(self.sizes.of_stage(stage, self.stages, self.kinds) for stage in own)
+            forward, back = times.rows[own, 0].sum(), times.rows[own, 1:].sum()
+            sums = gathers = 0.0
+            if zero == 0:
+                size = numel * self.reduce_bytes
+                sums = collective_s(self.machine, "all_reduce", size, layout.dp * layout.cp, layout.tp)
+            elif zero == 1 or kept:
+                sums = self.over_data("reduce_scatter", numel * self.reduce_bytes, numel)
+            if zero in (1, 2) or (zero == 3 and kept):
+                gathers = self.over_data("all_gather", numel * self.item, numel)
+            waited = self.exposed(sums, float(back)) + self.exposed(gathers, float(forward))
+            if waited > worst or rank == 0:
+                worst, hidden = waited, max(0.0, sums + gathers - waited)
+        return worst, hidden
+
+    def optimizer(self) -> float:
+        """The slowest rank's update."""
+        layout, numel = self.layout, 0.0
+        for rank in range(layout.pp):
+            own = [stage for stage, its in enumerate(self.home) if its == rank]
+            numel = max(numel, sum(self.sizes.owned(stage, self.stages, self.kinds) for stage in own))
+        if self.config.optim.offload != "none":
+            return numel * (ITEM_BYTES["fp32"] + self.item) / HOST_GB_PER_S / 1e9
+        return numel * STATE_BYTES / self.share.device.memory
+
+    def assemble(
+        self,
+        works: list[tuple[Parts, Parts, Parts]],
+        times: StageTimes,
+        pipeline: float,
+        p2p: float,
+        parcels: float,
+        timeline: Timeline | None,
+        waits: list[tuple[float, float]],
+    ) -> StepTime:
+        """The parts of a step, of ranks in the mean."""
+        layout, m, pp = self.layout, self.microbatches, self.layout.pp
+        per = m / pp / self.practice.pace
+        total = _total([(half, 1) for work in works for half in work])
+        busy = m * float(times.rows.sum()) / pp
+        units = m / pp * sum(forward + back for forward, back in waits)
+        after, hidden_dp = self.data_parallel(times)
+        optimizer = self.optimizer()
+        idle = max(0.0, pipeline - busy)
+        sends = 0.0 if pp == 1 else min(idle, 2 * p2p * (layout.chunks if layout.chunks > 1 else 1) * 2)
+        straggling = STRAGGLING * np.log2(max(1.0, layout.world / self.machine.gpus_per_node)).item() * pipeline
+        contention = CONTENTION * _hidden(total) * per
+        breakdown = {
+            "matrix products": total.products * per,
+            "attention": total.attention * per,
+            "memory-bound work": total.memory * per,
+            "launching kernels": total.host * per,
+            "recomputation": total.recompute * per,
+            "tp": total.tp * per,
+            "cp": total.cp * per,
+            "ep": total.ep * per,
+            "dp": after + units,
+            "pp": sends,
+            "bubble": idle - sends,
+            "contention": contention,
+            "optimizer": optimizer,
+            "stragglers": straggling,
+            "host": self.practice.step_s,
+        }
+        seconds = sum(breakdown.values())
+        compute = sum(breakdown[name] for name in _COMPUTE)
+        axes = {axis: breakdown[axis] for axis in ("tp", "pp", "dp", "cp", "ep")}
+        hidden = {
+            "tp": total.hidden_tp * per,
+            "cp": total.hidden_cp * per,
+            "ep": total.hidden_ep * per,
+            "dp": hidden_dp,
+        }
+        return StepTime(
+            seconds=seconds,
+            bubble_fraction=breakdown["bubble"] / seconds,
+            compute=compute,
+            optimizer=optimizer,
+            communication=MappingProxyType(axes),
+            hidden=MappingProxyType(hidden | {"pp": 0.0}),
+            breakdown=MappingProxyType(breakdown),
+            timeline=timeline,
+        )
+
+
+_COMPUTE = ("matrix products", "attention", "memory-bound work", "launching kernels", "recomputation")
+
+
+def _hidden(parts: Parts) -> float:
+    return parts.hidden_tp + parts.hidden_cp + parts.hidden_ep
+
+
+def _total(some: list[tuple[Parts, int]]) -> Parts:
+    columns = zip(*([value * n for value in parts] for parts, n in some), strict=True)
+    return Parts(*(sum(column) for column in columns)) if some else Parts()
+
+
+@lru_cache(maxsize=64)
+def _generated(kind: str, ranks: int, microbatches: int, chunks: int) -> Schedule:
+    return generate(kind, ranks, microbatches, chunks)
+
+
+class _Sizes:
+    """Elements that a rank has of each stage."""
+
+    def __init__(self, config: RunConfig, layout: Layout, practice: Practice) -> None:
+        self.config, self.practice = config, practice
+        self.shards = layout.dp_shard * (layout.cp if practice.shards_over_cp else 1)
+        self.zero = layout.zero
+        self.cut = Cut(
+            layout.tp, layout.ep, layout.etp, layout.zero, self.shards, max(1, layout.edp // layout.dp_replicate)
+        )
+        self.found: dict[int, float] = {}
+
+    def unit(self, kind: str, layer: int = 0) -> float:
+        config = self.config
+        sizes = sizes_of((kind, layer), config.model, config.optim, config.precision, self.practice, self.cut)
+        return float(sizes.numel)
+
+    def of_stage(self, stage: int, stages: tuple[range, ...], kinds: tuple[int, ...]) -> float:
+        """All that is on a rank, or would be if nothing were sharded."""
+        if stage not in self.found:
+            total = sum(self.unit("block", kinds[layer]) for layer in stages[stage])
+            total += self.unit("embedding") if stage == 0 else 0.0
+            total += self.unit("head") if stage == len(stages) - 1 else 0.0
+            self.found[stage] = total
+        return self.found[stage]
+
+    def owned(self, stage: int, stages: tuple[range, ...], kinds: tuple[int, ...]) -> float:
+        """Of these, what a rank updates."""
+        return self.of_stage(stage, stages, kinds) / (self.shards if self.zero else 1)
