@@ -14,8 +14,8 @@ from typing import NamedTuple
 from megacore.config.resolve import GATED, window_of
 from megacore.config.schema import ModelConfig
 from megacore.cost.collectives import collective_s
-from megacore.cost.roofline import Device, attention_s, explicit_attention_s, gemm_s, moved_s
 from megacore.cost.practice import Practice
+from megacore.cost.roofline import Device, attention_s, explicit_attention_s, gemm_s, moved_s
 from megacore.spec.model import is_mixture
 
 BACKWARD_TRAFFIC = 1.6

@@ -32,7 +32,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from megacore.config.errors import did_you_mean
 from megacore.cost.hardware import ACCELERATORS, Accelerator
 
 

@@ -17,13 +17,6 @@ class Practice:
     all the same. ``parcels`` are kept of a microbatch beyond its activations; ``fp8_inputs``: of what FP8 multiplies
     only codes are kept. ``buffer_gb`` are buckets of a fixed size. ``waste`` is the share of activations and buffers
     that the allocator holds beyond them; ``context_gb`` what the driver, libraries and NCCL take for themselves.
-
-    Time. ``attention_speed``, ``elementwise`` and ``launches`` scale what fused attention, operations that memory
-    bounds and the host's launches take (1: cuDNN's or flash attention 3, fused kernels, eager). ``loss_bytes`` pass
-    through memory for a logit. ``tp_overlap``, ``pp_overlap`` and ``ep_overlap`` are shares of that communication that
-    computing hides; ``dp_overlap`` whether sums and gathers of weights run beside backward and forward.
-    ``reduce_bytes`` travel of a gradient, ``optimizer_moves`` bytes per element that is updated. ``imbalance`` is how
-    much more tokens than the mean the busiest expert rank gets. ``efficiency`` scales the whole step.
     """
 
     attention: str = "fused"
@@ -53,18 +46,6 @@ class Practice:
     reduce_bytes: float = 0.0
     step_s: float = 0.005
     pace: float = 1.0
-    attention_speed: float = 1.0
-    elementwise: float = 1.0
-    launches: float = 1.0
-    loss_bytes: float = 14.0
-    tp_overlap: float = 0.0
-    pp_overlap: float = 0.0
-    ep_overlap: float = 0.0
-    dp_overlap: bool = True
-    reduce_bytes: float = 0.0
-    optimizer_moves: float = 30.0
-    imbalance: float = 1.1
-    efficiency: float = 1.0
 
 
 OURS = Practice()

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from megacore.config.schema import RunConfig
 from megacore.cost.blocks import Parts, Share, Work, block_work, ends_work
 from megacore.cost.collectives import collective_s
-from megacore.cost.roofline import Device
 from megacore.cost.machine import Machine
 from megacore.cost.pipelines import StageTimes, pipeline_s
 from megacore.cost.practice import OURS, Practice
+from megacore.cost.roofline import Device
 from megacore.cost.simulate import Durations, simulate
 from megacore.cost.states import Cut, kinds_of, layers_of, sizes_of
 from megacore.cost.timeline import Timeline
