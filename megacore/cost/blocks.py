@@ -1,4 +1,4 @@
-"""How long one rank works at one block of a microbatch: forward, input gradient, weight gradient, and what it waits for.
+"""How long one rank works at one block of a microbatch: forward, input gradient, weight gradient, waiting.
 
 Seconds come apart by kind of work (`Parts`), so that a plan can say where a step goes. Products of matrices are priced
 one by one in the shapes that a rank has of them (`cost/roofline.py`), collectives as the layers issue them
@@ -20,10 +20,6 @@ from megacore.spec.model import is_mixture
 
 BACKWARD_TRAFFIC = 1.6
 """What memory-bound operations move in backward, to their forward."""
-IMBALANCE = 1.05
-"""The fullest expert's tokens to the mean, as balanced routers have it."""
-LOGIT_BYTES = 20.0
-"""What a logit moves in the loss, forward and backward."""
 
 
 class Parts(NamedTuple):
@@ -177,7 +173,7 @@ def _mlp_shapes(width: float, model: ModelConfig, share: Share) -> list[Shape]:
 
 def _mixture_shapes(model: ModelConfig, share: Share) -> list[Shape]:
     experts = max(1.0, model.num_experts / share.ep)
-    rows = share.routed * model.top_k / experts * IMBALANCE
+    rows = share.routed * model.top_k / experts * share.practice.imbalance
     inner = model.moe_ffn_hidden_size / share.etp
     up = 2 * inner if model.activation in GATED else inner
     shapes: list[Shape] = [(rows, up, model.hidden_size, experts), (rows, model.hidden_size, inner, experts)]
@@ -254,7 +250,7 @@ def ends_work(model: ModelConfig, share: Share) -> tuple[Work, Work]:
     embedding = Work(looked, Parts(tp=summed if share.sequence else 0.0), Parts(memory=moved_s(plain, 3 * size)))
     forward, back, weight = _product(plain, share.tokens, model.vocab_size / share.tp, h, 1)
     logits = share.tokens * model.vocab_size / share.tp
-    loss = moved_s(plain, LOGIT_BYTES * logits) / 2 * share.practice.traffic
+    loss = moved_s(plain, share.practice.loss_bytes * logits) / 2 * share.practice.traffic
     head = Work(
         Parts(products=forward, memory=loss, tp=summed if share.sequence else 0.0),
         Parts(products=back, memory=loss, tp=summed),

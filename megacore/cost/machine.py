@@ -20,8 +20,8 @@ A machine is data. These are known by name; one's own is a TOML file that names 
     memory = 0.82
     host_us = 5.0            # what the host needs to launch a kernel
 
-Figures: `cost/hardware.py` for peaks; bandwidths are those that NCCL's tests print as bus bandwidth for large messages on
-such machines (DGX A100: 235 GB/s in a node, H100: 360 to 480, HGX H200: 367 with rings). Prices are list prices of
+Figures: `cost/hardware.py` for peaks; bandwidths are those that NCCL's tests print as bus bandwidth for large messages
+on such machines (DGX A100: 235 GB/s in a node, H100: 360 to 480, HGX H200: 367 with rings). Prices are list prices of
 clouds in 2026 for a rented GPU hour, to be replaced by the user's own.
 """
 
@@ -32,6 +32,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from megacore.config.errors import did_you_mean
 from megacore.cost.hardware import ACCELERATORS, Accelerator
 
 
@@ -127,7 +128,7 @@ def find_machine(name: str) -> Machine:
             return each
     known = (*machine_names(), *ALIASES)
     raise ValueError(
-        f"--gpu={name} is not a known machine; {suggestion(name.lower(), known)}; or give a .toml file of your own"
+        f"--gpu={name} is not a known machine; {did_you_mean(name.lower(), known)} Or give a .toml file of your own"
     )
 
 
@@ -152,7 +153,7 @@ def read_machine(path: Path) -> Machine:
             changes[key] = value if key == "name" else plain[key](_number(path, key, value))
         else:
             allowed = ("base", "memory_gb", *plain, "node", "network", "reached")
-            raise ValueError(f"{path}: {key} is not a key of a machine; {suggestion(key, allowed)}")
+            raise ValueError(f"{path}: {key} is not a key of a machine; {did_you_mean(key, allowed)}")
     return replace(base, **changes)
 
 
@@ -162,7 +163,7 @@ def _section(path: Path, name: str, base: Link | Reached, said: Any) -> Any:
     known = {field.name for field in fields(base)}
     for key in said:
         if key not in known:
-            raise ValueError(f"{path}: {name}.{key} is not a key; {suggestion(key, sorted(known))}")
+            raise ValueError(f"{path}: {name}.{key} is not a key; {did_you_mean(key, sorted(known))}")
     return replace(base, **{key: _number(path, f"{name}.{key}", value) for key, value in said.items()})
 
 

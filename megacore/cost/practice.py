@@ -17,6 +17,16 @@ class Practice:
     all the same. ``parcels`` are kept of a microbatch beyond its activations; ``fp8_inputs``: of what FP8 multiplies
     only codes are kept. ``buffer_gb`` are buckets of a fixed size. ``waste`` is the share of activations and buffers
     that the allocator holds beyond them; ``context_gb`` what the driver, libraries and NCCL take for themselves.
+
+    Time. ``launches`` are the kernels of a block's forward that the host launches one by one (graphs: few), and
+    ``host_share`` how much of a launch's time a run needs (slow hosts, much Python: above 1). ``flash`` is the speed of
+    fused attention to the machine's best, ``passes`` the bytes of a score that explicit attention moves in a forward.
+    ``traffic`` is what memory-bound operations move, to fused ones, and ``loss_bytes`` what a logit's loss does.
+    ``overlap_tp``, ``overlap_ep`` and ``overlap_dp`` are the shares of these collectives that go beside computing where
+    there is enough of it, ``p2p_beside`` whether messages of the pipeline take no time at all of a rank that has other
+    work, and ``p2p_split`` whether each tp rank sends but its part of them. ``reduce_bytes`` are of a gradient that
+    travels. ``imbalance`` is the busiest expert's number of tokens to the mean. ``step_s`` is what each step takes the
+    host besides. ``pace`` is one overall factor of speed, for software of which nothing more is known.
     """
 
     attention: str = "fused"
@@ -44,6 +54,8 @@ class Practice:
     p2p_beside: bool = True
     p2p_split: bool = False
     reduce_bytes: float = 0.0
+    loss_bytes: float = 20.0
+    imbalance: float = 1.05
     step_s: float = 0.005
     pace: float = 1.0
 

@@ -60,7 +60,7 @@ class Device:
 
 
 def gemm_s(device: Device, m: float, n: float, k: float, batch: float = 1.0, out_bytes: float = 0.0) -> float:
-    """Seconds of ``batch`` products [m, k] x [k, n]; ``out_bytes`` of an element of the result, if not as its inputs."""
+    """Seconds of ``batch`` products [m, k] x [k, n]; ``out_bytes`` of a result, if not as the inputs'."""
     if min(m, n, k) <= 0:
         return 0.0
     waves = batch * m * n / TILE / device.machine.reached.units

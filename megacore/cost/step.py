@@ -64,8 +64,10 @@ class StepTime:
 def step_time(
     config: RunConfig, layout: Layout, machine: Machine, practice: Practice = OURS, simulate: bool = True
 ) -> StepTime:
-    """Price a step of a resolved run; ``simulate``: the schedule's list rather than its formula. Raises ValueError where
-    the layers cannot be cut into the layout's stages."""
+    """Price a step of a resolved run; ``simulate``: the schedule's list not its formula.
+
+    Raises ValueError where the layers cannot be cut into the layout's stages.
+    """
     return _Step(config, layout, machine, practice).time(simulate)
 
 
@@ -129,7 +131,7 @@ class _Step:
         works = self.works()
         waits = self.unit_waits(works)
         times = self.stage_times(works, waits)
-        p2p, parcels = self.message()
+        p2p = self.message()
         chosen = self.schedule() if simulated else None
         timeline = None
         if chosen is not None:
@@ -137,7 +139,7 @@ class _Step:
             pipeline = timeline.makespan
         else:
             pipeline = pipeline_s(self.config.parallel.schedule, times, self.microbatches, p2p)
-        return self.assemble(works, times, pipeline, p2p, parcels, timeline, waits)
+        return self.assemble(works, times, pipeline, p2p, timeline, waits)
 
     def stage_times(self, works: list[tuple[Parts, Parts, Parts]], waits: list[tuple[float, float]]) -> StageTimes:
         """Seconds of each stage, slowed by what goes beside."""
@@ -166,16 +168,15 @@ class _Step:
             return from_text(Path(p.schedule).read_text(encoding="utf-8"), p.schedule)
         return _generated(p.schedule, self.layout.pp, self.microbatches, self.layout.chunks)
 
-    def message(self) -> tuple[float, float]:
-        """(seconds of a message between stages, its bytes)."""
+    def message(self) -> float:
+        """Seconds of a message between stages."""
         if self.layout.pp == 1:
-            return 0.0, 0.0
+            return 0.0
         size = self.share.outside * self.config.model.hidden_size * self.item
         if self.practice.p2p_split and not self.share.sequence:
             size /= self.layout.tp
         stride = self.layout.tp * self.layout.cp * self.layout.dp
-        seconds = collective_s(self.machine, "send", size, 2, stride)
-        return seconds, size
+        return collective_s(self.machine, "send", size, 2, stride)
 
     def unit_waits(self, works: list[tuple[Parts, Parts, Parts]]) -> list[tuple[float, float]]:
         """Of each stage's microbatch, what forward and backward wait for parameters (ZeRO-3) and sums (ZeRO-2, 3)."""
@@ -256,7 +257,6 @@ class _Step:
         times: StageTimes,
         pipeline: float,
         p2p: float,
-        parcels: float,
         timeline: Timeline | None,
         waits: list[tuple[float, float]],
     ) -> StepTime:
