@@ -216,3 +216,18 @@ def test_wrong_input_is_told_before_anything_runs(
     assert run_command("megacore.tools.bench", ["layouts", *words, "--output", str(tmp_path / "out")]) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "out" / "layouts.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_layouts_are_trained_for_real_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "sweep"
+    words = ["layouts", "--preset", "demo", "model.vocab_size=512", "train.global_batch_size=4", "train.seq_len=32"]
+    more = ["train.micro_batch_size=2", "--layouts", "tp=1;dp=2", "--rounds", "1", "--steps", "2", "--output", str(out)]
+    assert run_command("megacore.tools.bench", [*words, *more, "--json"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.count("round 1 of 1") == 2
+    found = json.loads(shown.out)["layouts"]
+    assert {one["layout"]: one["status"] for one in found} == {"tp=1": "ok", "dp=2": "ok"}
+    assert all(one["median_s"] > 0 and one["memory_gb"] > 0 for one in found)
+    assert run_command("megacore.tools.bench", [*words, *more]) == 0
+    assert capsys.readouterr().err == "", "nothing is run again"
