@@ -101,6 +101,7 @@ MACHINES = (
     _machine("a100-pcie", "a100-80gb-pcie", PCIE4, HDR, replace(AMPERE, gemm=0.72), 1.6),
     _machine("a800", "a100-80gb", Link(160.0, 8.0), HDR, AMPERE, 2.0),
     _machine("h100", "h100-sxm", NVLINK4, NDR, HOPPER, 3.0),
+    _machine("h100-96gb", "h100-96gb", NVLINK4, NDR, HOPPER, 3.0),
     _machine("h100-pcie", "h100-pcie", PCIE5, NDR, replace(HOPPER, gemm=0.62, units=114), 2.4),
     _machine("h100-nvl", "h100-nvl", Link(240.0, 8.0), NDR, replace(HOPPER, gemm=0.66), 2.6, domain=2),
     _machine("h200", "h200", NVLINK4, NDR, HOPPER, 3.6),
