@@ -14,6 +14,11 @@ from megacore.exits import run
 COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "train": ("megacore.launch.train", "train a model: RUN.toml or --preset NAME, then key=value overrides"),
+        "launch": (
+            "megacore.launch.jobs",
+            "write and start a job of one node or many: local, Slurm, Kubernetes, SkyPilot",
+        ),
+        "plan": ("megacore.tools.plan", "find the fastest layout that fits, or price one: memory, time, money"),
         "demo": ("megacore.tools.demo", "from real text to a trained model on this machine, in a few minutes"),
         "data": ("megacore.tools.data", "make a tokenizer, tokenise, inspect and merge corpora, build sample indices"),
         "verify": ("megacore.tools.verify", "prove that layouts compute what one process computes"),
