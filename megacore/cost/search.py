@@ -25,7 +25,7 @@ from megacore.layout.layout import Layout
 
 LONGEST_LIST = 60_000
 """Computations of a schedule that are still simulated; above, the closed form stands."""
-AGAIN = 3
+AGAIN = 2
 """Layouts beyond those wanted that are priced again with the schedule's list: one of them may pass the others."""
 SURELY = 1.05
 """A mesh is dropped where even its smallest way needs so much more than there is."""

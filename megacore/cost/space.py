@@ -29,7 +29,7 @@ TOKENS_AT_ONCE = 1 << 16
 """Larger microbatches fill no device better."""
 SHORTEST_SLICE = 2048
 """Tokens of a sample that a context-parallel rank has at least: the fewer, the worse its products and its messages."""
-LARGEST_CHUNKS = 12
+LARGEST_CHUNKS = 8
 SCHEDULES = ("1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v", "dualpipe-v")
 """Without gpipe, which has 1F1B's bubble and more activations."""
 RECOMPUTE = ("none", "selective", "full")
@@ -173,7 +173,7 @@ class Space:
         found = []
         for zero in self.of("zero", stages if mesh.dp > 1 or self.whole else [0]):
             shards = [mesh.dp]
-            if zero >= 2:  # hybrid: within a node, and within eight of them
+            if zero == 3 or (zero and self.whole):  # hybrid: within a node, and within eight of them
                 of_node = self.gpus_per_node // (mesh.tp * mesh.cp)
                 shards += [n for n in (of_node, 8 * of_node) if 1 < n < mesh.dp and mesh.dp % n == 0]
             found += [(zero, shard) for shard in self.of("dp_shard", shards)]

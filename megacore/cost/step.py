@@ -112,15 +112,22 @@ class _Step:
         """Of each stage: a microbatch's forward, input gradient and weight gradient."""
         model, last = self.config.model, len(self.stages) - 1
         embedding, head = ends_work(model, self.share)
-        found = []
+        found: list[tuple[Parts, Parts, Parts]] = []
+        alike: dict[tuple[object, ...], tuple[Parts, Parts, Parts]] = {}  # most stages are
         for stage, layers in enumerate(self.stages):
             counts: dict[int, int] = {}
             for layer in layers:
                 counts[self.kinds[layer]] = counts.get(self.kinds[layer], 0) + 1
+            what = (tuple(counts.items()), stage == 0, stage == last)
+            if what in alike:
+                found.append(alike[what])
+                continue
             units: list[tuple[Work, int]] = [(self.block(kind), n) for kind, n in counts.items()]
             units += [(embedding, 1)] * (stage == 0) + [(head, 1)] * (stage == last)
-            found.append(tuple(_total([(unit[half], n) for unit, n in units]) for half in range(FIRST)))
-        return found  # type: ignore[return-value]
+            forward, back, weight = (_total([(unit[half], n) for unit, n in units]) for half in range(FIRST))
+            alike[what] = forward, back, weight
+            found.append(alike[what])
+        return found
 
     def block(self, kind: int) -> Work:
         """A block's work; under ZeRO-3 its parameters are gathered beside it, and under ZeRO-2 gradients are summed."""
@@ -338,11 +345,14 @@ class _Sizes:
             layout.tp, layout.ep, layout.etp, layout.zero, self.shards, max(1, layout.edp // layout.dp_replicate)
         )
         self.found: dict[int, float] = {}
+        self.units: dict[tuple[str, int], float] = {}
 
     def unit(self, kind: str, layer: int = 0) -> float:
         config = self.config
-        sizes = sizes_of((kind, layer), config.model, config.optim, config.precision, self.practice, self.cut)
-        return float(sizes.numel)
+        if (kind, layer) not in self.units:
+            sizes = sizes_of((kind, layer), config.model, config.optim, config.precision, self.practice, self.cut)
+            self.units[kind, layer] = float(sizes.numel)
+        return self.units[kind, layer]
 
     def of_stage(self, stage: int, stages: tuple[range, ...], kinds: tuple[int, ...]) -> float:
         """All that is on a rank, or would be if nothing were sharded."""
