@@ -16,13 +16,14 @@ from megacore.config.pipeline import is_own_schedule
 from megacore.config.resolve import resolve, smallest_world
 from megacore.config.schema import RunConfig
 from megacore.config.validate import check
-from megacore.exits import raised_by_us
+from megacore.exits import STOPPED, raised_by_us
+from megacore.launch.endings import NODE, Endings
 from megacore.launch.environment import capability_here, lines_of, prepare
 from megacore.launch.failures import Failure, describe
 from megacore.launch.processes import run_local
 from megacore.launch.restarts import MAX_RESTARTS, with_restarts
 from megacore.launch.terminal import colour_wanted, page_width
-from megacore.launch.worker import call
+from megacore.launch.worker import call, end_with_node
 from megacore.mesh.rank_info import RankInfo
 from megacore.spec import ModelSpec
 from megacore.spec.settings import settings_of
@@ -90,16 +91,39 @@ def requested(args: argparse.Namespace, info: RankInfo | None) -> tuple[RunConfi
 
 
 def as_rank(target: str, info: RankInfo, args: tuple[Any, ...]) -> int:
-    """Train as one rank of a job that others started. Who only lost a peer says so in a line: the cause stands out."""
+    """Train as one rank of a job that others started. Who only lost a peer says so in a line: the cause stands out.
+
+    A node's command (``megacore.launch.node``) is told the ending and shows one for all. Torchrun with restarts takes
+    every code but 0 for a fault, and would start a run again that was asked to stop; so that it ends, it gets 0.
+    """
+    endings = Endings.of(os.environ)
+    if endings is not None:
+        end_with_node(int(os.environ[NODE]))
     try:
-        return call(target, info, args)
+        code = call(target, info, args)
     except Exception as error:
         failure = Failure.of_exception(info.rank, error)
-    if failure.is_follow_up:
+        tell_torchrun(error)
+    else:
+        if code == STOPPED and endings is not None:
+            endings.stopped(info.rank)
+        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+        return 0 if code == STOPPED and restarts else code
+    if endings is not None:
+        endings.failed(failure)
+    elif failure.is_follow_up:
         sys.stderr.write(f"megacore: rank {info.rank} of {info.world_size} ends because another one has\n")
     else:
         sys.stderr.write(describe(failure, info.world_size, page_width()) + "\n")
     return 2 if failure.is_user_error else 1
+
+
+def tell_torchrun(error: Exception) -> None:
+    """Leave the cause where torchrun looks for it, if it is there."""
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        from torch.distributed.elastic.multiprocessing.errors.error_handler import ErrorHandler
+
+        ErrorHandler().record_exception(error)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -78,6 +78,18 @@ def end_with_parent() -> None:
     """From now on this process ends when the one that called `run_local` is gone, however that came."""
     # The fork server outlives a killed parent as long as it has children, so the ranks watch the parent themselves.
     processes.end_with_parent()
+    # Should the fork server be killed, the kernel ends the ranks: the parent takes them for dead and cannot.
+    killed_with_parent()
+
+
+def end_with_node(pid: int) -> None:
+    """From now on this rank ends when the node's command, its parent ``pid``, is gone, however that came."""
+    killed_with_parent()
+    if os.getppid() != pid:
+        os._exit(1)  # it was gone before
+
+
+def killed_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies; it can do that on Linux."""
     if sys.platform == "linux":
-        # Should the fork server be killed, the kernel ends the ranks: the parent takes them for dead and cannot.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

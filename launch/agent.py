@@ -1,0 +1,323 @@
+"""torch.distributed's elastic agent, as a training run wants it. Brings torch.
+
+The agent starts a node's ranks, watches them, and meets the other nodes again whenever somebody has failed or joined.
+What it lacks for training, and `Agent` adds:
+
+- *A stop is no fault.* SIGTERM, SIGUSR1 and SIGINT are passed on to the ranks, which save and stop, on all nodes.
+- *Restarts are counted by progress*: their limit holds between two checkpoints, not for a run of months.
+- *One cause.* Of a node's failed ranks the first that does not just report a lost peer is shown.
+- *Nobody is waited for in vain.* Ranks beside a failed one are killed, not asked: they hang in a collective.
+- *Growth loses nothing.* Where a node comes in addition, the run saves before it goes on with more ranks.
+
+`run_node` does besides what the agent leaves to others: it looks for a meeting point again that was lost.
+"""
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch.distributed import DistNetworkError, DistStoreError
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousGracefulExitError,
+    RendezvousParameters,
+    RendezvousTimeoutError,
+)
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+from megacore.config.schema import RunConfig
+from megacore.exits import STOPPED
+from megacore.launch.endings import NODE, VARIABLE, Endings
+from megacore.launch.failures import Failure, cause, describe
+from megacore.launch.processes import SETTLE_S
+from megacore.launch.restarts import Restarts
+from megacore.launch.terminal import page_width
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+LOOK_EVERY_S = 0.5
+"""How often ranks are looked at."""
+READ_LIMIT_S = 30
+"""For a word with the meeting point."""
+LAST_CALL_S = 10
+"""So long, once there are enough nodes, for more of them."""
+FAREWELL_S = 30
+"""For the others' ends, once this node's ranks have ended."""
+USER_ERROR = 2
+ENDLESS = 1_000_000
+FAULT = "megacore/fault"
+"""Where a node tells the others of its round why it starts again."""
+LOST = (RendezvousConnectionError, RendezvousTimeoutError, DistNetworkError, DistStoreError)
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """How many, and how many ranks on each."""
+
+    fewest: int
+    most: int
+    nproc: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """The job, where its nodes meet, this node's own address, and whether the meeting point is on this node."""
+
+    job: str
+    host: str
+    port: int
+    address: str
+    is_host: bool
+
+
+class Asked(Exception):
+    """The job is asked to stop while no rank runs."""
+
+
+@dataclass
+class Outcome:
+    """What this node knows of the job, from attempt to attempt."""
+
+    endings: Endings
+    restarts: Restarts
+    write: Callable[[str], object] = sys.stderr.write
+    asked: int = 0
+    """The first signal that asked for an end."""
+    code: int = 0
+    began: bool = False
+    """Whether ranks have run since the meeting point was found."""
+    pids: dict[int, int] = field(default_factory=dict)
+    """Of the running ranks, which are leaders of their process groups."""
+
+    def hear(self, number: int, frame: FrameType | None) -> None:
+        """A signal: the ranks are asked to save and stop; a second Ctrl-C kills them."""
+        if self.asked and number != signal.SIGINT:
+            return  # schedulers send it to every process, and through every launcher
+        how = signal.SIGKILL if self.asked else signal.SIGTERM
+        self.asked = self.asked or number
+        if not self.pids:
+            raise Asked
+        self.send(how)
+
+    def send(self, how: signal.Signals) -> None:
+        """To every rank that runs."""
+        for pid in self.pids.values():
+            with suppress(ProcessLookupError):
+                os.killpg(pid, how)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Signals come to ``hear`` meanwhile."""
+        before = {number: signal.signal(number, self.hear) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Agent(LocalElasticAgent):
+    """One node's agent, for one stay at a meeting point."""
+
+    def __init__(self, spec: WorkerSpec, logs: DefaultLogsSpecs, outcome: Outcome) -> None:
+        super().__init__(spec, logs, exit_barrier_timeout=FAREWELL_S)
+        self.outcome = outcome
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        if self.outcome.asked:
+            raise Asked
+        self.outcome.endings.forget()
+        spec = worker_group.spec
+        if self.outcome.restarts.got_on and "checkpoint.resume=auto" not in spec.args:
+            spec.args = (*spec.args, "checkpoint.resume=auto")
+        started: dict[int, Any] = super()._start_workers(worker_group)
+        self.outcome.pids, self.outcome.began = started, True
+        if self.outcome.asked:
+            self.outcome.send(signal.SIGTERM)  # heard while they were being started
+        return started
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        codes = self._codes()
+        if any(codes.values()):
+            time.sleep(SETTLE_S)  # the others tell theirs: the first heard need not be the cause
+            failed = {rank: code for rank, code in self._codes().items() if code}
+            self.outcome.send(signal.SIGKILL)
+            result = super()._monitor_workers(worker_group)
+            self.outcome.pids = {}
+            self._judge(worker_group, failed)
+            return result
+        result = super()._monitor_workers(worker_group)
+        if result.state == WorkerState.SUCCEEDED:
+            return self._ended(result)
+        return result
+
+    def _codes(self) -> dict[int, int | None]:
+        """Exit codes by local rank; None: it runs."""
+        handlers: Mapping[int, Any] = getattr(self._pcontext, "subprocess_handlers", {})
+        return {rank: handler.proc.poll() for rank, handler in handlers.items()}
+
+    def _ended(self, result: RunResult) -> RunResult:
+        """All ranks have ended well: done, stopped, or stopped only so that more nodes can join."""
+        stopped = self.outcome.endings.any_stopped()
+        self.outcome.code = STOPPED if stopped else 0
+        if stopped and not self.outcome.asked and self._rdzv_handler.num_nodes_waiting():
+            return RunResult(state=WorkerState.HEALTHY)  # whereupon those who wait are taken in
+        self.outcome.pids = {}
+        return result
+
+    def _judge(self, worker_group: WorkerGroup, failed: Mapping[int, int | None]) -> None:
+        """After a fault: show its cause, and decide whether the ranks start again."""
+        outcome, group = self.outcome, worker_group.workers
+        offset = group[0].global_rank
+        failures = [outcome.endings.failure(offset + rank, code or 0) for rank, code in sorted(failed.items())]
+        first = cause(failures)
+        outcome.code = USER_ERROR if first.is_user_error or USER_ERROR in failed.values() else 1
+        if outcome.asked and all(code == -signal.SIGTERM for code in failed.values()):
+            outcome.code = STOPPED  # asked before they had begun: nothing is lost
+        elif first.is_user_error or USER_ERROR not in failed.values():
+            # (a rank that finds something wrong before it is one of the run has said so itself)
+            outcome.write(shown(first, group[0].world_size))
+        what = self._agreed(first)
+        if outcome.asked or outcome.code != 1 or not outcome.restarts.another(what, worker_group.group_rank == 0):
+            self._remaining_restarts = 0
+
+    def _agreed(self, first: Failure) -> str:
+        """Tell the other nodes of a cause, or hear theirs."""
+        store = self._store
+        with suppress(*LOST, RuntimeError):
+            if store is not None and first.is_follow_up and store.check([FAULT]):
+                return str(store.get(FAULT).decode())
+            if store is not None:
+                store.set(FAULT, first.summary)
+        return first.summary
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        if worker_group.state == WorkerState.HEALTHY and self.outcome.pids:
+            if self._others_failed():
+                self.outcome.write("megacore: this node starts its ranks again, since another node's have failed\n")
+            else:
+                self.outcome.write("megacore: another node joins; saving before the run goes on with it\n")
+                self.outcome.send(signal.SIGTERM)
+                while None in (codes := self._codes()).values() and not any(codes.values()):
+                    time.sleep(LOOK_EVERY_S)
+            self.outcome.send(signal.SIGKILL)
+        self.outcome.pids = {}
+        super()._restart_workers(worker_group)
+
+    def _others_failed(self) -> bool:
+        with suppress(*LOST, RuntimeError):
+            return self._store is not None and bool(self._store.check([FAULT]))
+        return True
+
+
+def shown(first: Failure, world_size: int) -> str:
+    """A cause as a box; what only follows from one elsewhere as a line."""
+    if first.is_follow_up:
+        return f"megacore: rank {first.rank} of {world_size} ends because another one has ({first.title})\n"
+    return describe(first, world_size, page_width()) + "\n"
+
+
+def run_node(
+    config: RunConfig, words: Sequence[str], nodes: Nodes, place: Place, max_restarts: int, wait_s: float
+) -> int:
+    """Run ``megacore train WORDS`` as ranks of this node until the job is over; the exit code.
+
+    ``config`` is the resolved run. A meeting point that is lost, or not there yet, is looked for ``wait_s`` seconds.
+    """
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # we tell what it would, once
+    folder = Path(tempfile.mkdtemp(prefix="megacore-node-"))
+    endings, logs = folder / "endings", folder / "logs"
+    endings.mkdir()
+    os.environ |= {VARIABLE: str(endings), NODE: str(os.getpid())}
+    outcome = Outcome(Endings(endings), Restarts(config, max_restarts))
+    deadline = time.monotonic() + wait_s
+    try:
+        with outcome.listening():
+            while True:
+                outcome.began = False
+                try:
+                    return attempt(outcome, words, nodes, place, wait_s, logs)
+                except LOST as reason:
+                    if outcome.began:
+                        deadline = time.monotonic() + wait_s
+                        if not outcome.restarts.another("the meeting point was lost", speaks=False):
+                            return 1
+                    if (code := gives_up(outcome, place, reason, deadline)) is not None:
+                        return code
+    except Asked:
+        return STOPPED
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def gives_up(outcome: Outcome, place: Place, reason: Exception, deadline: float) -> int | None:
+    """After a meeting that failed: the exit code, or None after a moment's rest."""
+    if outcome.asked:
+        return STOPPED
+    if time.monotonic() >= deadline:
+        outcome.write(f"megacore: {place.host}:{place.port}, where the nodes meet, has too few of them: {reason}\n")
+        return 1
+    outcome.write(f"megacore: {place.host}:{place.port}, where the nodes meet, is out of reach; trying again\n")
+    time.sleep(1.0)
+    return None
+
+
+def attempt(outcome: Outcome, words: Sequence[str], nodes: Nodes, place: Place, wait_s: float, logs: Path) -> int:
+    """One stay at the meeting point; the exit code. Raises ``LOST`` where it cannot be reached."""
+    handler = get_rendezvous_handler(
+        RendezvousParameters(
+            backend="c10d",
+            endpoint=f"{place.host}:{place.port}",
+            run_id=place.job,
+            min_nodes=nodes.fewest,
+            max_nodes=nodes.most,
+            local_addr=place.address,
+            is_host=place.is_host,
+            join_timeout=int(wait_s),
+            last_call_timeout=LAST_CALL_S,
+            read_timeout=READ_LIMIT_S,
+        )
+    )
+    spec = WorkerSpec(
+        role="rank",
+        local_world_size=nodes.nproc,
+        rdzv_handler=handler,
+        entrypoint=sys.executable,
+        args=("-m", "megacore", "train", *words),
+        max_restarts=ENDLESS,
+        monitor_interval=LOOK_EVERY_S,
+        local_addr=place.address,
+    )
+    lost = False
+    try:
+        Agent(spec, DefaultLogsSpecs(log_dir=str(logs)), outcome).run()
+        return outcome.code
+    except LOST:
+        lost = True
+        raise
+    except RendezvousClosedError:
+        if outcome.code != STOPPED:
+            outcome.write("megacore: the job is over: another node has ended it, whose words tell why\n")
+        return outcome.code or 1
+    except RendezvousGracefulExitError:
+        return outcome.code
+    finally:
+        outcome.pids = {}
+        if not lost:
+            with suppress(*LOST, RuntimeError):
+                handler.shutdown()

