@@ -9,6 +9,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from megacore.cost.outcome import Outcome
     from megacore.cost.planning import Wish
 
-UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+UNITS = MappingProxyType({"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12})
 
 
 def main(argv: list[str] | None = None) -> int:
