@@ -1,6 +1,8 @@
 """Published step times as cases to predict: a run, its layout, the machine and the practice of the software.
 
-A source has one practice for all of its rows: how its software computes and communicates, as its code and documents say.
+A source has one practice for all of its rows: how its software computes and communicates, as its code and documents
+say. Where rows leave out the microbatch, it is one sample; where they leave out the chunks of an interleaved pipeline,
+they are two.
 """
 
 import re
@@ -38,12 +40,12 @@ GPUS = MappingProxyType(
 # attention and its dropout by operations of their own, gradients summed after the pipeline
 MEGATRON_2021 = Practice(attention="explicit", overlap_dp=0.0, p2p_beside=False, p2p_split=True, traffic=1.2)
 MEGATRON_2022 = replace(MEGATRON_2021, traffic=1.0)
-DEEPSPEED = replace(MEGATRON_2021, p2p_split=False, reduce_bytes=2.0, launches=60.0)
+DEEPSPEED = replace(MEGATRON_2021, p2p_split=False, reduce_bytes=2.0, launches=160.0, traffic=1.0)
 MEGATRON_CORE = Practice(overlap_tp=0.5, overlap_dp=0.9, flash=0.8, launches=25.0)
 BRIDGE = Practice(overlap_tp=0.8, overlap_ep=0.5, launches=6.0, passes=8.0)
-TORCHTITAN = Practice(flash=0.65, whole_units=True, launches=20.0, loss_bytes=30.0)
+TORCHTITAN = Practice(flash=0.57, selective="matmuls", whole_units=True, launches=20.0, loss_bytes=30.0)
 ASYNC_TP = replace(TORCHTITAN, overlap_tp=0.5)
-FOUNDRY = Practice(flash=0.65, traffic=1.6, reduce_bytes=2.0, loss_bytes=30.0)
+FOUNDRY = Practice(flash=0.57, traffic=1.6, reduce_bytes=2.0, loss_bytes=30.0)
 INTERN = Practice(flash=0.8, traffic=1.2, reduce_bytes=2.0)
 DROPS = ("model.dropout=0.1", "model.attention_dropout=0.1")
 SHARDED = ("parallel.zero=1",)
@@ -59,6 +61,8 @@ class Source:
     overrides: tuple[str, ...] = ()
     says: str = ""
     """What a row's notes must have."""
+    network_gb_per_s: float = 0.0
+    """Of one GPU, where its nodes are wired otherwise."""
 
 
 SOURCES = (  # the first that has a row counts
@@ -75,7 +79,7 @@ SOURCES = (  # the first that has a row counts
     Source("Megatron-Bridge", "NVIDIA-NeMo/Megatron-Bridge", BRIDGE, SHARDED),
     Source("NeMo 24.07", "NVIDIA/NeMo", BRIDGE, SHARDED),
     Source("llm-foundry", "mosaicml/llm-foundry", FOUNDRY),
-    Source("InternEvo", "InternLM/InternEvo", INTERN),
+    Source("InternEvo", "InternLM/InternEvo", INTERN, network_gb_per_s=6.0),  # 4 x 100 Gb/s RoCE a node
     Source("Zero Bubble 2024", "Qi et al. 2024", MEGATRON_2022, DROPS),
     Source("LLaMA", "Touvron", MEGATRON_CORE),
     Source("OPT", "Zhang et al. 2022, OPT", replace(MEGATRON_2021, overlap_dp=0.9), DROPS),
@@ -88,6 +92,10 @@ SOURCES = (  # the first that has a row counts
     Source("SimuMax", "MooreThreads/SimuMax", replace(BRIDGE, overlap_tp=0.0, launches=25.0), SHARDED),
     Source("picotron", "huggingface/picotron", TORCHTITAN),
 )
+
+
+RELEASES = ("Megatron-Bridge", "Megatron-Bridge archive", "Megatron-Bridge skills", "llm-foundry")
+"""Sources whose rows stand under the release, or the clusters, that they were measured with."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,14 @@ class Case:
     def id(self) -> str:
         """The row's."""
         return self.row["id"]
+
+    @property
+    def version(self) -> tuple[str, str]:
+        """The source, and what its rows say of the software's release or way of running."""
+        if self.source.name.startswith("torchtitan"):
+            return self.source.name, self.row["notes"]
+        told = self.row["locator"] if self.source.name in RELEASES else ""
+        return self.source.name, told
 
 
 def read(folder: Path) -> Iterator[Row]:
@@ -143,16 +159,35 @@ def case_of(row: Row) -> Case:
     if "LoRA" in row["tflops_kind"] + row["notes"]:
         raise ValueError("adapters are not priced")
     said = dict(row)
+    if not row["micro_batch"] and "pytorch" not in row["source"]:
+        said["micro_batch"] = str(_whole_micro(row)) if "fsdp" in row["zero_fsdp"] else "1"
+    if row["recompute"].startswith("full on"):  # a few layers
+        said["recompute"] = "none"
+    if row["schedule"].startswith("interleaved") and not row["vpp"]:
+        said["vpp"] = "2" if int(row["layers"]) % (2 * int(row["pp"])) == 0 else "1"
     if batch := _batch(row):
         said["global_batch"] = str(batch)
     fp8 = ("precision.fp8=current",) if re.match("(mx)?fp8", row["precision"], re.IGNORECASE) else ()
     config, layout = config_of(
         said, Shape(source.begins, source.practice, "total", overrides=(*source.overrides, *fp8))
     )
+    if group := re.search(r"in groups of (\d+)", row["zero_fsdp"]):
+        parallel = replace(config.parallel, dp_shard=int(group[1]))
+        config, layout = replace(config, parallel=parallel), Layout.of(parallel, layout.world)
     if layout.world != int(row["gpus"]):
         raise ValueError(f"its layout takes {layout.world} ranks, not {row['gpus']}")
-    seconds = _seconds(row, config)
-    return Case(row, source, config, layout, find_machine(GPUS[row["gpu"]]), source.practice, seconds)
+    machine = find_machine(GPUS[row["gpu"]])
+    if source.network_gb_per_s:
+        machine = replace(machine, network=replace(machine.network, gb_per_s=source.network_gb_per_s))
+    practice = source.practice
+    if machine.accelerator.fp8 is None and practice.attention == "fused":
+        practice = replace(practice, flash=1.0)  # of Ampere nothing faster than flash attention 2 is known
+    return Case(row, source, config, layout, machine, practice, _seconds(row, config))
+
+
+def _whole_micro(row: Row) -> int:
+    """Under FSDP a rank's samples go at once."""
+    return max(1, round(float(row["global_batch"] or 1) / float(row["dp"] or row["gpus"])))
 
 
 def _batch(row: Row) -> int:

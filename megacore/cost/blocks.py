@@ -22,6 +22,10 @@ BACKWARD_TRAFFIC = 1.6
 """What memory-bound operations move in backward, to their forward."""
 
 
+MIXTURE_LAUNCHES = 2.5
+"""Kernels of a block with experts, which sorts tokens and sends them, to those of a dense one."""
+
+
 class Parts(NamedTuple):
     """Seconds by what they are spent at."""
 
@@ -90,6 +94,7 @@ def block_work(model: ModelConfig, layer: int, share: Share) -> Work:
     tp, cp, ep = _collectives(model, mixture, share)
     hide_tp, hide_ep = share.practice.overlap_tp, share.practice.overlap_ep
     ring = max(0.0, cp - core)
+    launches = MIXTURE_LAUNCHES if mixture else 1.0
     forward = _with_host(
         Parts(
             products=sum(each[0] for each in products),
@@ -103,9 +108,9 @@ def block_work(model: ModelConfig, layer: int, share: Share) -> Work:
             hidden_ep=ep * hide_ep,
         ),
         share,
-        1.0,
+        launches,
     )
-    again = _again(forward, core, share.recompute)
+    again = _again(forward, core, share)
     back_ring = max(0.0, 2 * cp - core_back)
     regathered = tp / 2 if share.regather and share.sequence else 0.0
     back_tp = tp + regathered
@@ -123,9 +128,9 @@ def block_work(model: ModelConfig, layer: int, share: Share) -> Work:
             hidden_ep=ep * hide_ep + again.hidden_ep,
         ),
         share,
-        1.2,
+        1.2 * launches,
     )
-    weight_grad = _with_host(Parts(products=sum(each[2] for each in products)), share, 0.4)
+    weight_grad = _with_host(Parts(products=sum(each[2] for each in products)), share, 0.4 * launches)
     return Work(forward, input_grad, weight_grad)
 
 
@@ -137,11 +142,15 @@ def _with_host(parts: Parts, share: Share, launches: float) -> Parts:
     return parts._replace(host=max(0.0, host - own))
 
 
-def _again(forward: Parts, core: float, recompute: str) -> Parts:
+def _again(forward: Parts, core: float, share: Share) -> Parts:
     """What is computed a second time."""
-    if recompute == "full":
+    if share.recompute == "full":
         return forward
-    return Parts(attention=core) if recompute == "selective" else Parts()
+    if share.recompute != "selective":
+        return Parts()
+    if share.practice.selective == "matmuls":
+        return Parts(products=forward.products / 2, memory=forward.memory)
+    return Parts(attention=core)
 
 
 Shape = tuple[float, float, float, float]

@@ -14,10 +14,10 @@ A machine is data. These are known by name; one's own is a TOML file that names 
     gb_per_s = 45
     latency_us = 16
     [reached]                # shares of the data sheet's peaks that large, undisturbed work reaches
-    gemm = 0.72
-    fp8 = 0.62
-    attention = 0.55
-    memory = 0.82
+    gemm = 0.66
+    fp8 = 0.66
+    attention = 0.47
+    memory = 0.80
     host_us = 5.0            # what the host needs to launch a kernel
 
 Figures: `cost/hardware.py` for peaks; bandwidths are those that NCCL's tests print as bus bandwidth for large messages
@@ -71,9 +71,10 @@ class Machine:
     price_per_gpu_hour: float
 
 
-AMPERE = Reached(gemm=0.82, fp8=0.0, attention=0.62, memory=0.85, host_us=6.0, units=108)
-HOPPER = Reached(gemm=0.72, fp8=0.62, attention=0.52, memory=0.85, host_us=5.0, units=132)
-BLACKWELL = Reached(gemm=0.72, fp8=0.62, attention=0.50, memory=0.85, host_us=4.0, units=148)
+AMPERE = Reached(gemm=0.77, fp8=0.0, attention=0.56, memory=0.80, host_us=6.0, units=108)
+HOPPER = Reached(gemm=0.66, fp8=0.66, attention=0.47, memory=0.80, host_us=5.0, units=132)
+BLACKWELL = Reached(gemm=0.60, fp8=0.60, attention=0.43, memory=0.80, host_us=4.0, units=148)
+ULTRA = replace(BLACKWELL, gemm=0.65, fp8=0.68, attention=0.50)
 NVLINK3, NVLINK4, NVLINK5 = Link(230.0, 3.0), Link(400.0, 3.0), Link(700.0, 3.0)
 PCIE4, PCIE5 = Link(20.0, 6.0), Link(40.0, 6.0)
 HDR, NDR, XDR = Link(21.0, 12.0), Link(44.0, 10.0), Link(88.0, 10.0)
@@ -98,17 +99,17 @@ def _machine(
 MACHINES = (
     _machine("a100-40gb", "a100-40gb", NVLINK3, HDR, AMPERE, 1.6),
     _machine("a100-80gb", "a100-80gb", NVLINK3, HDR, AMPERE, 2.0),
-    _machine("a100-pcie", "a100-80gb-pcie", PCIE4, HDR, replace(AMPERE, gemm=0.72), 1.6),
+    _machine("a100-pcie", "a100-80gb-pcie", PCIE4, HDR, replace(AMPERE, gemm=0.66), 1.6),
     _machine("a800", "a100-80gb", Link(160.0, 8.0), HDR, AMPERE, 2.0),
     _machine("h100", "h100-sxm", NVLINK4, NDR, HOPPER, 3.0),
     _machine("h100-96gb", "h100-96gb", NVLINK4, NDR, HOPPER, 3.0),
-    _machine("h100-pcie", "h100-pcie", PCIE5, NDR, replace(HOPPER, gemm=0.62, units=114), 2.4),
-    _machine("h100-nvl", "h100-nvl", Link(240.0, 8.0), NDR, replace(HOPPER, gemm=0.66), 2.6, domain=2),
+    _machine("h100-pcie", "h100-pcie", PCIE5, NDR, replace(HOPPER, gemm=0.60, units=114), 2.4),
+    _machine("h100-nvl", "h100-nvl", Link(240.0, 8.0), NDR, replace(HOPPER, gemm=0.62), 2.6, domain=2),
     _machine("h200", "h200", NVLINK4, NDR, HOPPER, 3.6),
     _machine("b200", "b200", NVLINK5, NDR, BLACKWELL, 5.5),
-    _machine("b300", "b300", NVLINK5, XDR, BLACKWELL, 6.5),
+    _machine("b300", "b300", NVLINK5, XDR, ULTRA, 6.5),
     _machine("gb200", "gb200", NVLINK5, NDR, BLACKWELL, 6.0, domain=72, gpus=4),
-    _machine("gb300", "gb300", NVLINK5, XDR, BLACKWELL, 7.0, domain=72, gpus=4),
+    _machine("gb300", "gb300", NVLINK5, XDR, ULTRA, 7.0, domain=72, gpus=4),
 )
 ALIASES = MappingProxyType({"a100": "a100-80gb", "h100-sxm": "h100", "h100-80gb": "h100"})
 

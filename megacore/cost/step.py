@@ -36,7 +36,7 @@ STATE_BYTES = 30.0
 """What AdamW with fp32 master weights moves of an element, and its norm's part."""
 HOST_GB_PER_S = 20.0
 """Between a device and its host: what offloaded state travels at."""
-STRAGGLING = 0.01
+STRAGGLING = 0.007
 """How much longer a step takes for every doubling of nodes: the slowest of more ranks sets the pace."""
 CONTENTION = 0.1
 """Of collectives that go beside computing, what they take away from it."""
