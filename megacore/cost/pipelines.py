@@ -22,11 +22,13 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class StageTimes:
-    """``rows`` [stages, 3]: forward, input gradient, weight gradient; ``home`` is the rank of each stage."""
+    """``rows`` [stages, 3]: forward, input gradient, weight gradient; ``home`` is the rank of each stage. ``of_kinds``
+    are the rows of stages that differ."""
 
     rows: NDArray[np.float64]
     home: tuple[int, ...]
     num_ranks: int
+    of_kinds: NDArray[np.float64]
 
     @cached_property
     def ranks(self) -> NDArray[np.float64]:

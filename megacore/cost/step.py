@@ -15,19 +15,20 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
+from megacore.config.pipeline import V_SHAPED
 from megacore.config.schema import RunConfig
 from megacore.cost.blocks import Parts, Share, Work, block_work, ends_work
 from megacore.cost.collectives import collective_s
+from megacore.cost.cutting import StageKind, cutting_of
 from megacore.cost.machine import Machine
 from megacore.cost.pipelines import StageTimes, pipeline_s
 from megacore.cost.practice import OURS, Practice
 from megacore.cost.roofline import Device
 from megacore.cost.simulate import Durations, simulate
-from megacore.cost.states import Cut, kinds_of, layers_of, sizes_of
+from megacore.cost.states import Cut, sizes_of
 from megacore.cost.timeline import Timeline
 from megacore.layout.layout import Layout
 from megacore.schedule.generators.generate import generate
-from megacore.schedule.generators.placement import fold, loop
 from megacore.schedule.schedule import Schedule
 from megacore.schedule.text import from_text
 from megacore.spec.memory import ITEM_BYTES
@@ -36,7 +37,7 @@ STATE_BYTES = 30.0
 """What AdamW with fp32 master weights moves of an element, and its norm's part."""
 HOST_GB_PER_S = 20.0
 """Between a device and its host: what offloaded state travels at."""
-STRAGGLING = 0.007
+STRAGGLING = 0.005
 """How much longer a step takes for every doubling of nodes: the slowest of more ranks sets the pace."""
 CONTENTION = 0.1
 """Of collectives that go beside computing, what they take away from it."""
@@ -93,45 +94,25 @@ class _Step:
             regather=p.regather_inputs,
             recompute=p.recompute,
         )
-        self.stages = layers_of(config.model, t.seq_len, layout.num_stages, p.stage_layers)
-        self.kinds = kinds_of(config.model, config.optim, config.precision)
+        folded = p.schedule in V_SHAPED
+        self.cutting = cutting_of(
+            config.model, config.optim, config.precision, t.seq_len, layout.pp, layout.chunks, folded, p.stage_layers
+        )
         self.sizes = _Sizes(config, layout, practice)
-        self.home = self.placement()
-
-    def placement(self) -> list[int]:
-        """The rank of each stage."""
-        folded = self.config.parallel.schedule in ("zb-v", "dualpipe-v")
-        pp, chunks = self.layout.pp, self.layout.chunks
-        home = [0] * self.layout.num_stages
-        for rank in range(pp):
-            for stage in fold(rank, pp) if folded else loop(rank, pp, chunks):
-                home[stage] = rank
-        return home
+        self.numel = np.array([self.sizes.of(kind) for kind in self.cutting.stage_kinds])
+        """Of each kind of stage, elements that are on a rank, or would be if nothing were sharded."""
 
     def works(self) -> list[tuple[Parts, Parts, Parts]]:
-        """Of each stage: a microbatch's forward, input gradient and weight gradient."""
-        model, last = self.config.model, len(self.stages) - 1
+        """Of each kind of stage: a microbatch's forward, input gradient and weight gradient."""
+        model = self.config.model
         embedding, head = ends_work(model, self.share)
         found: list[tuple[Parts, Parts, Parts]] = []
-        alike: dict[tuple[object, ...], tuple[Parts, Parts, Parts]] = {}  # most stages are
-        for stage, layers in enumerate(self.stages):
-            counts: dict[int, int] = {}
-            for layer in layers:
-                counts[self.kinds[layer]] = counts.get(self.kinds[layer], 0) + 1
-            what = (tuple(counts.items()), stage == 0, stage == last)
-            if what in alike:
-                found.append(alike[what])
-                continue
-            units: list[tuple[Work, int]] = [(self.block(kind), n) for kind, n in counts.items()]
-            units += [(embedding, 1)] * (stage == 0) + [(head, 1)] * (stage == last)
+        for kind in self.cutting.stage_kinds:
+            units: list[tuple[Work, int]] = [(block_work(model, layer, self.share), n) for layer, n in kind.blocks]
+            units += [(embedding, 1)] * kind.first + [(head, 1)] * kind.last
             forward, back, weight = (_total([(unit[half], n) for unit, n in units]) for half in range(FIRST))
-            alike[what] = forward, back, weight
-            found.append(alike[what])
+            found.append((forward, back, weight))
         return found
-
-    def block(self, kind: int) -> Work:
-        """A block's work; under ZeRO-3 its parameters are gathered beside it, and under ZeRO-2 gradients are summed."""
-        return block_work(self.config.model, kind, self.share)
 
     def time(self, simulated: bool) -> StepTime:
         """All together."""
@@ -160,7 +141,8 @@ class _Step:
                     weight.seconds / pace,
                 )
             )
-        return StageTimes(np.array(rows), tuple(self.home), self.layout.pp)
+        of_kinds = np.array(rows)
+        return StageTimes(of_kinds[self.cutting.kind_of], self.cutting.home, self.layout.pp, of_kinds)
 
     def durations(self, times: StageTimes, p2p: float) -> Durations:
         """For the simulator."""
@@ -191,14 +173,12 @@ class _Step:
         if zero < 2 or layout.dp * layout.cp == 1:
             return [(0.0, 0.0)] * len(works)
         kept = self.practice.whole_units and layout.pp > 1
+        if kept:
+            return [(0.0, 0.0)] * len(works)
         found = []
-        for stage, (forward, back, weight) in enumerate(works):
-            numel = self.sizes.of_stage(stage, self.stages, self.kinds)
-            gather = self.over_data("all_gather", numel * self.item, numel) if zero == 3 and not kept else 0.0
-            summed = 0.0 if kept else self.over_data("reduce_scatter", numel * self.reduce_bytes, numel)
-            if kept:
-                found.append((0.0, 0.0))
-                continue
+        for numel, (forward, back, weight) in zip(self.numel.tolist(), works, strict=True):
+            gather = self.over_data("all_gather", numel * self.item, numel) if zero == 3 else 0.0
+            summed = self.over_data("reduce_scatter", numel * self.reduce_bytes, numel)
             found.append(
                 (self.exposed(gather, forward.seconds), self.exposed(gather + summed, back.seconds + weight.seconds))
             )
@@ -231,10 +211,10 @@ class _Step:
             return 0.0, 0.0
         kept = self.practice.whole_units and layout.pp > 1
         worst = hidden = 0.0
-        for rank in range(layout.pp):
-            own = [stage for stage, its in enumerate(self.home) if its == rank]
-            numel = sum(self.sizes.of_stage(stage, self.stages, self.kinds) for stage in own)
-            forward, back = times.rows[own, 0].sum(), times.rows[own, 1:].sum()
+        rows = times.of_kinds
+        for counts in self.cutting.ranks:
+            numel = float(counts @ self.numel)
+            forward, back = counts @ rows[:, 0], counts @ rows[:, 1:].sum(axis=1)
             sums = gathers = 0.0
             if zero == 0:
                 size = numel * self.reduce_bytes
@@ -244,16 +224,13 @@ class _Step:
             if zero in (1, 2) or (zero == 3 and kept):
                 gathers = self.over_data("all_gather", numel * self.item, numel)
             waited = self.exposed(sums, float(back)) + self.exposed(gathers, float(forward))
-            if waited > worst or rank == 0:
+            if waited >= worst:
                 worst, hidden = waited, max(0.0, sums + gathers - waited)
         return worst, hidden
 
     def optimizer(self) -> float:
         """The slowest rank's update."""
-        layout, numel = self.layout, 0.0
-        for rank in range(layout.pp):
-            own = [stage for stage, its in enumerate(self.home) if its == rank]
-            numel = max(numel, sum(self.sizes.owned(stage, self.stages, self.kinds) for stage in own))
+        numel = float((self.cutting.ranks @ self.numel).max()) / self.sizes.sharing
         if self.config.optim.offload != "none":
             return numel * (ITEM_BYTES["fp32"] + self.item) / HOST_GB_PER_S / 1e9
         return numel * STATE_BYTES / self.share.device.memory
@@ -270,9 +247,10 @@ class _Step:
         """The parts of a step, of ranks in the mean."""
         layout, m, pp = self.layout, self.microbatches, self.layout.pp
         per = m / pp / self.practice.pace
-        total = _total([(half, 1) for work in works for half in work])
+        counts = self.cutting.total.tolist()
+        total = _total([(half, n) for work, n in zip(works, counts, strict=True) for half in work])
         busy = m * float(times.rows.sum()) / pp
-        units = m / pp * sum(forward + back for forward, back in waits)
+        units = m / pp * sum(n * (forward + back) for n, (forward, back) in zip(counts, waits, strict=True))
         after, hidden_dp = self.data_parallel(times)
         optimizer = self.optimizer()
         idle = max(0.0, pipeline - busy)
@@ -340,29 +318,16 @@ class _Sizes:
     def __init__(self, config: RunConfig, layout: Layout, practice: Practice) -> None:
         self.config, self.practice = config, practice
         self.shards = layout.dp_shard * (layout.cp if practice.shards_over_cp else 1)
-        self.zero = layout.zero
         self.cut = Cut(
             layout.tp, layout.ep, layout.etp, layout.zero, self.shards, max(1, layout.edp // layout.dp_replicate)
         )
-        self.found: dict[int, float] = {}
-        self.units: dict[tuple[str, int], float] = {}
+        self.sharing = self.shards if layout.zero else 1
+        """Ranks that share the update of dense parameters."""
 
-    def unit(self, kind: str, layer: int = 0) -> float:
+    def of(self, kind: StageKind) -> float:
+        """All that is on a rank of a stage, or would be if nothing were sharded."""
+        units = [("block", layer, n) for layer, n in kind.blocks]
+        units += [("embedding", 0, 1)] * kind.first + [("head", 0, 1)] * kind.last
         config = self.config
-        if (kind, layer) not in self.units:
-            sizes = sizes_of((kind, layer), config.model, config.optim, config.precision, self.practice, self.cut)
-            self.units[kind, layer] = float(sizes.numel)
-        return self.units[kind, layer]
-
-    def of_stage(self, stage: int, stages: tuple[range, ...], kinds: tuple[int, ...]) -> float:
-        """All that is on a rank, or would be if nothing were sharded."""
-        if stage not in self.found:
-            total = sum(self.unit("block", kinds[layer]) for layer in stages[stage])
-            total += self.unit("embedding") if stage == 0 else 0.0
-            total += self.unit("head") if stage == len(stages) - 1 else 0.0
-            self.found[stage] = total
-        return self.found[stage]
-
-    def owned(self, stage: int, stages: tuple[range, ...], kinds: tuple[int, ...]) -> float:
-        """Of these, what a rank updates."""
-        return self.of_stage(stage, stages, kinds) / (self.shards if self.zero else 1)
+        of_unit = (config.model, config.optim, config.precision, self.practice, self.cut)
+        return sum(n * float(sizes_of((unit, layer), *of_unit).numel) for unit, layer, n in units)
