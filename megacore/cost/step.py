@@ -13,10 +13,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megacore.config.pipeline import V_SHAPED
-from megacore.config.schema import RunConfig
+from megacore.config.schema import ModelConfig, OptimConfig, PrecisionConfig, RunConfig
 from megacore.cost.blocks import Parts, Share, Work, block_work, ends_work
 from megacore.cost.collectives import collective_s
 from megacore.cost.cutting import StageKind, cutting_of
@@ -44,7 +43,8 @@ CONTENTION = 0.1
 FIRST = 3
 """Forward, input gradient, weight gradient."""
 
-Seconds = NDArray[np.float64]
+Works = tuple[tuple[Parts, Parts, Parts], ...]
+"""Of each kind of stage: a microbatch's forward, input gradient and weight gradient."""
 
 
 @dataclass(frozen=True)
@@ -98,25 +98,15 @@ class _Step:
         self.cutting = cutting_of(
             config.model, config.optim, config.precision, t.seq_len, layout.pp, layout.chunks, folded, p.stage_layers
         )
-        self.sizes = _Sizes(config, layout, practice)
-        self.numel = np.array([self.sizes.of(kind) for kind in self.cutting.stage_kinds])
+        self.shards = layout.dp_shard * (layout.cp if practice.shards_over_cp else 1)
+        cut = Cut(layout.tp, layout.ep, layout.etp, layout.zero, self.shards, max(1, layout.edp // layout.dp_replicate))
+        of_units = (config.model, config.optim, config.precision, practice, cut)
+        self.numel = np.array(_numels(self.cutting.stage_kinds, *of_units))
         """Of each kind of stage, elements that are on a rank, or would be if nothing were sharded."""
-
-    def works(self) -> list[tuple[Parts, Parts, Parts]]:
-        """Of each kind of stage: a microbatch's forward, input gradient and weight gradient."""
-        model = self.config.model
-        embedding, head = ends_work(model, self.share)
-        found: list[tuple[Parts, Parts, Parts]] = []
-        for kind in self.cutting.stage_kinds:
-            units: list[tuple[Work, int]] = [(block_work(model, layer, self.share), n) for layer, n in kind.blocks]
-            units += [(embedding, 1)] * kind.first + [(head, 1)] * kind.last
-            forward, back, weight = (_total([(unit[half], n) for unit, n in units]) for half in range(FIRST))
-            found.append((forward, back, weight))
-        return found
 
     def time(self, simulated: bool) -> StepTime:
         """All together."""
-        works = self.works()
+        works = _works(self.config.model, self.cutting.stage_kinds, self.share)
         waits = self.unit_waits(works)
         times = self.stage_times(works, waits)
         p2p = self.message()
@@ -129,7 +119,7 @@ class _Step:
             pipeline = pipeline_s(self.config.parallel.schedule, times, self.microbatches, p2p)
         return self.assemble(works, times, pipeline, p2p, timeline, waits)
 
-    def stage_times(self, works: list[tuple[Parts, Parts, Parts]], waits: list[tuple[float, float]]) -> StageTimes:
+    def stage_times(self, works: Works, waits: list[tuple[float, float]]) -> StageTimes:
         """Seconds of each stage, slowed by what goes beside."""
         pace = self.practice.pace
         rows = []
@@ -167,7 +157,7 @@ class _Step:
         stride = self.layout.tp * self.layout.cp * self.layout.dp
         return collective_s(self.machine, "send", size, 2, stride)
 
-    def unit_waits(self, works: list[tuple[Parts, Parts, Parts]]) -> list[tuple[float, float]]:
+    def unit_waits(self, works: Works) -> list[tuple[float, float]]:
         """Of each stage's microbatch, what forward and backward wait for parameters (ZeRO-3) and sums (ZeRO-2, 3)."""
         zero, layout = self.layout.zero, self.layout
         if zero < 2 or layout.dp * layout.cp == 1:
@@ -230,14 +220,15 @@ class _Step:
 
     def optimizer(self) -> float:
         """The slowest rank's update."""
-        numel = float((self.cutting.ranks @ self.numel).max()) / self.sizes.sharing
+        sharing = self.shards if self.layout.zero else 1
+        numel = float((self.cutting.ranks @ self.numel).max()) / sharing
         if self.config.optim.offload != "none":
             return numel * (ITEM_BYTES["fp32"] + self.item) / HOST_GB_PER_S / 1e9
         return numel * STATE_BYTES / self.share.device.memory
 
     def assemble(
         self,
-        works: list[tuple[Parts, Parts, Parts]],
+        works: Works,
         times: StageTimes,
         pipeline: float,
         p2p: float,
@@ -312,22 +303,31 @@ def _generated(kind: str, ranks: int, microbatches: int, chunks: int) -> Schedul
     return generate(kind, ranks, microbatches, chunks)
 
 
-class _Sizes:
-    """Elements that a rank has of each stage."""
+@lru_cache(maxsize=1 << 14)
+def _works(model: ModelConfig, kinds: tuple[StageKind, ...], share: Share) -> Works:
+    embedding, head = ends_work(model, share)
+    found = []
+    for kind in kinds:
+        units: list[tuple[Work, int]] = [(block_work(model, layer, share), n) for layer, n in kind.blocks]
+        units += [(embedding, 1)] * kind.first + [(head, 1)] * kind.last
+        forward, back, weight = (_total([(unit[half], n) for unit, n in units]) for half in range(FIRST))
+        found.append((forward, back, weight))
+    return tuple(found)
 
-    def __init__(self, config: RunConfig, layout: Layout, practice: Practice) -> None:
-        self.config, self.practice = config, practice
-        self.shards = layout.dp_shard * (layout.cp if practice.shards_over_cp else 1)
-        self.cut = Cut(
-            layout.tp, layout.ep, layout.etp, layout.zero, self.shards, max(1, layout.edp // layout.dp_replicate)
-        )
-        self.sharing = self.shards if layout.zero else 1
-        """Ranks that share the update of dense parameters."""
 
-    def of(self, kind: StageKind) -> float:
-        """All that is on a rank of a stage, or would be if nothing were sharded."""
+@lru_cache(maxsize=1 << 14)
+def _numels(
+    kinds: tuple[StageKind, ...],
+    model: ModelConfig,
+    optim: OptimConfig,
+    precision: PrecisionConfig,
+    practice: Practice,
+    cut: Cut,
+) -> tuple[float, ...]:
+    found = []
+    for kind in kinds:
         units = [("block", layer, n) for layer, n in kind.blocks]
         units += [("embedding", 0, 1)] * kind.first + [("head", 0, 1)] * kind.last
-        config = self.config
-        of_unit = (config.model, config.optim, config.precision, self.practice, self.cut)
-        return sum(n * float(sizes_of((unit, layer), *of_unit).numel) for unit, layer, n in units)
+        sizes = (sizes_of((unit, layer), model, optim, precision, practice, cut) for unit, layer, _ in units)
+        found.append(sum(float(each.numel) * n for each, (_, _, n) in zip(sizes, units, strict=True)))
+    return tuple(found)
