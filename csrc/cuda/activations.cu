@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads) gated_backward_kernel(Gated in) {
 }
 
 template <typename T, int V, bool kBackward>
-__global__ void __launch_bounds__(kThreads) bias_gelu_kernel(BiasGelu in) {
+__global__ void __launch_bounds__(kThreads, 4) bias_gelu_kernel(BiasGelu in) {
     Vec<float, V> sums = {};
     each_vector<V>(in.rows, in.width, [&](std::int64_t row, std::int64_t column) {
         const Vec<T, V> x = load<V>(static_cast<const T*>(in.x) + row * in.stride_x + column);

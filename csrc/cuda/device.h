@@ -31,7 +31,8 @@
 namespace megacore::gpu {
 
 constexpr unsigned kWarp = 32;
-constexpr unsigned kThreads = 256;   // of a block, where nothing else is said
+constexpr unsigned kThreads = 256;   // of a block, where nothing else is said; __launch_bounds__(kThreads, blocks of a
+                                     // multiprocessor) also keeps ptxas from saving registers until numbers spill
 constexpr int kHeld = 4;             // vectors of a row that a thread keeps in registers
 constexpr std::int64_t kPlainShared = 48 << 10;  // bytes that a block may have without asking
 constexpr std::int64_t kMostShared = 96 << 10;   // bytes that we ask for at most; sm_80 has 163 KiB, sm_90 227 KiB

@@ -114,7 +114,7 @@ __device__ __forceinline__ void update(float* weights, const Grad* grads, Moment
 }
 
 template <typename Grad, typename Moment>
-__global__ void __launch_bounds__(kThreads) adamw_kernel(AdamW in) {
+__global__ void __launch_bounds__(kThreads, 4) adamw_kernel(AdamW in) {
     __shared__ float corrections[2];
     if (*in.taken == 0) return;  // for all threads, or for none
     const std::int32_t block = static_cast<std::int32_t>(blockIdx.x);
