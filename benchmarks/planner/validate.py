@@ -2,7 +2,7 @@
 
     python benchmarks/planner/validate.py [--reference ../shared/reference] [--out TABLE.csv] [--plot SCATTER.svg]
 
-The model's constants are the same for all rows (`cost/roofline.py`, `cost/blocks.py`, `cost/step.py`, `cost/machine.py`).
+The constants are the same for all rows (`roofline.py`, `blocks.py`, `step.py`, `machine.py` in `megacore/cost`).
 Errors stand in three columns:
 
     as it is     nothing is fitted to a source: what a source that nobody has seen may expect

@@ -6,19 +6,24 @@ A machine is data. These are known by name; one's own is a TOML file that names 
     gpus_per_node = 8
     nvlink_domain = 8        # neighbouring ranks that NVLink joins
     price_per_gpu_hour = 2.6
+    nvls_gb_per_s = 480      # of all-reduce, where switches add up
     memory_gb = 80
     [node]                   # between GPUs of a domain, per GPU and direction
     gb_per_s = 370
-    latency_us = 8
+    latency_us = 7
     [network]                # between nodes, per GPU and direction
     gb_per_s = 45
     latency_us = 16
     [reached]                # shares of the data sheet's peaks that large, undisturbed work reaches
-    gemm = 0.66
+    gemm = 0.65
     fp8 = 0.66
-    attention = 0.47
-    memory = 0.80
+    attention = 0.45
+    memory = 0.83
     host_us = 5.0            # what the host needs to launch a kernel
+
+`reached` holds for training, where devices run warm, at the clock that their power allows, and next to other work: it
+was set so that published runs come out right (`benchmarks/planner/validate.py`); products by themselves reach more (0.87 of
+an A100's peak, 0.80 of an H100's, 0.78 of a B200's). What NVLS reaches on Blackwell is taken from H100's ratio.
 
 Figures: `cost/hardware.py` for peaks; bandwidths are those that NCCL's tests print as bus bandwidth for large messages
 on such machines (DGX A100: 235 GB/s in a node, H100: 360 to 480, HGX H200: 367 with rings). Prices are list prices of
@@ -69,13 +74,15 @@ class Machine:
     network: Link
     reached: Reached
     price_per_gpu_hour: float
+    nvls_gb_per_s: float = 0.0
+    """Of all-reduce where switches add up (NVLink SHARP); 0: they do not."""
 
 
-AMPERE = Reached(gemm=0.77, fp8=0.0, attention=0.56, memory=0.80, host_us=6.0, units=108)
-HOPPER = Reached(gemm=0.66, fp8=0.66, attention=0.47, memory=0.80, host_us=5.0, units=132)
-BLACKWELL = Reached(gemm=0.60, fp8=0.60, attention=0.43, memory=0.80, host_us=4.0, units=148)
-ULTRA = replace(BLACKWELL, gemm=0.65, fp8=0.68, attention=0.50)
-NVLINK3, NVLINK4, NVLINK5 = Link(230.0, 3.0), Link(400.0, 3.0), Link(700.0, 3.0)
+AMPERE = Reached(gemm=0.73, fp8=0.0, attention=0.51, memory=0.83, host_us=6.0, units=108)
+HOPPER = Reached(gemm=0.65, fp8=0.66, attention=0.45, memory=0.83, host_us=5.0, units=132)
+BLACKWELL = Reached(gemm=0.52, fp8=0.60, attention=0.39, memory=0.83, host_us=4.0, units=148)
+ULTRA = replace(BLACKWELL, gemm=0.57, fp8=0.67, attention=0.45)
+NVLINK3, NVLINK4, NVLINK5 = Link(232.0, 7.0), Link(370.0, 7.0), Link(680.0, 7.0)
 PCIE4, PCIE5 = Link(20.0, 6.0), Link(40.0, 6.0)
 HDR, NDR, XDR = Link(21.0, 12.0), Link(44.0, 10.0), Link(88.0, 10.0)
 ETHERNET = Link(10.0, 40.0)
@@ -92,8 +99,9 @@ def _machine(
     price: float,
     domain: int = 8,
     gpus: int = 8,
+    nvls: float = 0.0,
 ) -> Machine:
-    return Machine(name, _BY_NAME[accelerator], gpus, domain, node, network, reached, price)
+    return Machine(name, _BY_NAME[accelerator], gpus, domain, node, network, reached, price, nvls)
 
 
 MACHINES = (
@@ -101,15 +109,15 @@ MACHINES = (
     _machine("a100-80gb", "a100-80gb", NVLINK3, HDR, AMPERE, 2.0),
     _machine("a100-pcie", "a100-80gb-pcie", PCIE4, HDR, replace(AMPERE, gemm=0.66), 1.6),
     _machine("a800", "a100-80gb", Link(160.0, 8.0), HDR, AMPERE, 2.0),
-    _machine("h100", "h100-sxm", NVLINK4, NDR, HOPPER, 3.0),
-    _machine("h100-96gb", "h100-96gb", NVLINK4, NDR, HOPPER, 3.0),
+    _machine("h100", "h100-sxm", NVLINK4, NDR, HOPPER, 3.0, nvls=480.0),
+    _machine("h100-96gb", "h100-96gb", NVLINK4, NDR, HOPPER, 3.0, nvls=480.0),
     _machine("h100-pcie", "h100-pcie", PCIE5, NDR, replace(HOPPER, gemm=0.60, units=114), 2.4),
     _machine("h100-nvl", "h100-nvl", Link(240.0, 8.0), NDR, replace(HOPPER, gemm=0.62), 2.6, domain=2),
-    _machine("h200", "h200", NVLINK4, NDR, HOPPER, 3.6),
-    _machine("b200", "b200", NVLINK5, NDR, BLACKWELL, 5.5),
-    _machine("b300", "b300", NVLINK5, XDR, ULTRA, 6.5),
-    _machine("gb200", "gb200", NVLINK5, NDR, BLACKWELL, 6.0, domain=72, gpus=4),
-    _machine("gb300", "gb300", NVLINK5, XDR, ULTRA, 7.0, domain=72, gpus=4),
+    _machine("h200", "h200", NVLINK4, NDR, HOPPER, 3.6, nvls=480.0),
+    _machine("b200", "b200", NVLINK5, NDR, BLACKWELL, 5.5, nvls=880.0),
+    _machine("b300", "b300", NVLINK5, XDR, ULTRA, 6.5, nvls=880.0),
+    _machine("gb200", "gb200", NVLINK5, NDR, BLACKWELL, 6.0, domain=72, gpus=4, nvls=880.0),
+    _machine("gb300", "gb300", NVLINK5, XDR, ULTRA, 7.0, domain=72, gpus=4, nvls=880.0),
 )
 ALIASES = MappingProxyType({"a100": "a100-80gb", "h100-sxm": "h100", "h100-80gb": "h100"})
 
@@ -146,7 +154,13 @@ def read_machine(path: Path) -> Machine:
     memory = said.pop("memory_gb", None)
     if memory is not None:
         base = replace(base, accelerator=replace(base.accelerator, memory_gb=_number(path, "memory_gb", memory)))
-    plain = {"gpus_per_node": int, "nvlink_domain": int, "price_per_gpu_hour": float, "name": str}
+    plain = {
+        "gpus_per_node": int,
+        "nvlink_domain": int,
+        "price_per_gpu_hour": float,
+        "nvls_gb_per_s": float,
+        "name": str,
+    }
     changes: dict[str, Any] = {"name": path.stem}
     for key, value in said.items():
         if key in ("node", "network", "reached"):
@@ -166,7 +180,8 @@ def _section(path: Path, name: str, base: Link | Reached, said: Any) -> Any:
     for key in said:
         if key not in known:
             raise ValueError(f"{path}: {name}.{key} is not a key; {did_you_mean(key, sorted(known))}")
-    return replace(base, **{key: _number(path, f"{name}.{key}", value) for key, value in said.items()})
+    changes: dict[str, Any] = {key: _number(path, f"{name}.{key}", value) for key, value in said.items()}
+    return replace(base, **changes)
 
 
 def _number(path: Path, key: str, value: Any) -> float:

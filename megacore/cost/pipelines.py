@@ -5,10 +5,13 @@ sum, p ranks, m microbatches, v chunks, c a message:
 
     gpipe, 1f1b     sum of all stages' t + (m - 1) max t + 2 (p - 1) c, and c for each further microbatch of 1f1b
     interleaved     m max t + (p - 1) / v mean t
-    zb-h1, zb-h2    m max t + (p - 1) (f + b - w), or (f + b - 2 w), of the mean rank, none below 0
-    zb-v            m max t + (p - 1) (f + b + w - 3 w') / 2, w' the shortest of the three
-    dualpipe-v      m max t + (p / 2 - 1) (f + b + b - 3 w) ...
+    zb-h1           m max t + (p - 1) (f + b - w)
+    zb-h2           m max t + (p - 1) max(f, f + b - 2 w)
+    zb-v            m max t + (p - 1) max(f, b) / 2
+    dualpipe-v      m max t + (p - 1) (b + 2 c)
 
+and, of those with several chunks or halves, c for each further chunk of a microbatch. The zero-bubble schedules leave
+no idling within a rank, but the last rank still begins p - 1 forwards later, and a step ends with the last of all.
 (Narayanan et al. 2021, section 2; Qi et al. 2024, tables 1 and 2; DeepSeek-AI 2024, section 3.2.1.) Exact for even
 stages and free messages; with uneven ones within a few per cent.
 """
@@ -54,11 +57,11 @@ def pipeline_s(kind: str, times: StageTimes, microbatches: int, p2p: float = 0.0
     if kind == "zb-h1":
         rest = (p - 1) * max(0.0, f + b - w)
     elif kind == "zb-h2":
-        rest = (p - 1) * max(0.0, f + b - 2 * w)
+        rest = (p - 1) * max(f, f + b - 2 * w)
     elif kind == "zb-v":
-        rest = (p - 1) * max(0.0, f + b + w - 3 * min(f, b, w)) / 2
+        rest = (p - 1) * max(f, b) / 2
     elif kind == "dualpipe-v":
-        rest = (p - 1) * max(0.0, f + 2 * b - 2 * w) / 2
+        rest = (p - 1) * (b + 2 * p2p)
     elif chunks > 1:
         rest = (p - 1) * mean / chunks
     else:

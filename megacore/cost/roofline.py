@@ -17,8 +17,8 @@ from functools import cached_property, lru_cache
 from megacore.cost.machine import Machine
 
 TILE = 128 * 256
-TAIL = 0.28
-RAMP = 180.0
+TAIL = 0.2
+RAMP = 120.0
 HEAD_HALF = 24.0
 """Width of a head at which fused attention reaches half of what it can."""
 SEQ_HALF = 350.0
