@@ -1,8 +1,7 @@
 """Published step times as cases to predict: a run, its layout, the machine and the practice of the software.
 
 A source has one practice for all of its rows: how its software computes and communicates, as its code and documents
-say. Where rows leave out the microbatch, it is one sample; where they leave out the chunks of an interleaved pipeline,
-they are two.
+say. Where rows leave out the chunks of an interleaved pipeline, they are two where that divides the layers.
 """
 
 import re
@@ -41,6 +40,7 @@ GPUS = MappingProxyType(
 MEGATRON_2021 = Practice(attention="explicit", overlap_dp=0.0, p2p_beside=False, p2p_split=True, traffic=1.2)
 MEGATRON_2022 = replace(MEGATRON_2021, traffic=1.0)
 DEEPSPEED = replace(MEGATRON_2021, p2p_split=False, reduce_bytes=2.0, launches=160.0, traffic=1.0)
+ZERO_2021 = replace(DEEPSPEED, launches=30.0)  # parameters are gathered one by one, and waited for
 MEGATRON_CORE = Practice(overlap_tp=0.5, overlap_dp=0.9, flash=0.8, launches=25.0)
 BRIDGE = Practice(overlap_tp=0.8, overlap_ep=0.5, launches=6.0, passes=8.0)
 TORCHTITAN = Practice(flash=0.53, selective="matmuls", whole_units=True, launches=20.0, loss_bytes=30.0)
@@ -66,6 +66,7 @@ class Source:
 
 
 SOURCES = (  # the first that has a row counts
+    Source("ZeRO-3 of 2021", "Narayanan", ZERO_2021, DROPS, says="no model parallelism"),
     Source("Narayanan 2021", "Narayanan", MEGATRON_2021, DROPS),
     Source("Korthikanti 2022", "Korthikanti", MEGATRON_2022, DROPS),
     Source("Megatron-Core r0.8", "NVIDIA/Megatron-LM README", MEGATRON_CORE),
@@ -160,7 +161,7 @@ def case_of(row: Row) -> Case:
         raise ValueError("adapters are not priced")
     said = dict(row)
     if not row["micro_batch"] and "pytorch" not in row["source"]:
-        said["micro_batch"] = str(_whole_micro(row)) if "fsdp" in row["zero_fsdp"] else "1"
+        said["micro_batch"] = str(_micro(row))
     if row["recompute"].startswith("full on"):  # a few layers
         said["recompute"] = "none"
     if row["schedule"].startswith("interleaved") and not row["vpp"]:
@@ -185,9 +186,13 @@ def case_of(row: Row) -> Case:
     return Case(row, source, config, layout, machine, practice, _seconds(row, config))
 
 
-def _whole_micro(row: Row) -> int:
-    """Under FSDP a rank's samples go at once."""
-    return max(1, round(float(row["global_batch"] or 1) / float(row["dp"] or row["gpus"])))
+def _micro(row: Row) -> int:
+    """Where it is not said: one sample in a pipeline, else a rank's samples at once, but at most four unless under
+    FSDP."""
+    own = max(1, round(float(row["global_batch"] or 1) / float(row["dp"] or row["gpus"])))
+    if int(row["pp"] or 1) > 1:
+        return 1
+    return own if "fsdp" in row["zero_fsdp"] or own < 4 else next(each for each in (4, 3, 2, 1) if own % each == 0)
 
 
 def _batch(row: Row) -> int:

@@ -22,8 +22,8 @@ A machine is data. These are known by name; one's own is a TOML file that names 
     host_us = 5.0            # what the host needs to launch a kernel
 
 `reached` holds for training, where devices run warm, at the clock that their power allows, and next to other work: it
-was set so that published runs come out right (`benchmarks/planner/validate.py`); products by themselves reach more (0.87 of
-an A100's peak, 0.80 of an H100's, 0.78 of a B200's). What NVLS reaches on Blackwell is taken from H100's ratio.
+was set so that published runs come out right (`benchmarks/planner/validate.py`). Products by themselves reach more:
+0.87 of an A100's peak, 0.80 of an H100's, 0.78 of a B200's. What NVLS reaches on Blackwell is taken from H100's ratio.
 
 Figures: `cost/hardware.py` for peaks; bandwidths are those that NCCL's tests print as bus bandwidth for large messages
 on such machines (DGX A100: 235 GB/s in a node, H100: 360 to 480, HGX H200: 367 with rings). Prices are list prices of
