@@ -37,7 +37,7 @@ GPUS = MappingProxyType(
     }
 )
 # attention and its dropout by operations of their own, gradients summed after the pipeline
-MEGATRON_2021 = Practice(attention="explicit", overlap_dp=0.0, p2p_beside=False, p2p_split=True, traffic=1.2)
+MEGATRON_2021 = Practice(attention="explicit", overlap_dp=0.0, p2p_split=True, traffic=1.2)
 MEGATRON_2022 = replace(MEGATRON_2021, traffic=1.0)
 DEEPSPEED = replace(MEGATRON_2021, p2p_split=False, reduce_bytes=2.0, launches=160.0, traffic=1.0)
 ZERO_2021 = replace(DEEPSPEED, launches=30.0)  # parameters are gathered one by one, and waited for

@@ -23,8 +23,8 @@ class Practice:
     fused attention to the machine's best, ``passes`` the bytes of a score that explicit attention moves in a forward.
     ``traffic`` is what memory-bound operations move, to fused ones, and ``loss_bytes`` what a logit's loss does.
     ``overlap_tp``, ``overlap_ep`` and ``overlap_dp`` are the shares of these collectives that go beside computing where
-    there is enough of it, ``p2p_beside`` whether messages of the pipeline take no time at all of a rank that has other
-    work, and ``p2p_split`` whether each tp rank sends but its part of them. ``reduce_bytes`` are of a gradient that
+    there is enough of it. With ``p2p_split`` each tp rank sends but its part of a message of the pipeline.
+    ``reduce_bytes`` are of a gradient that
     travels. ``imbalance`` is the busiest expert's number of tokens to the mean. ``step_s`` is what each step takes the
     host besides. ``pace`` is one overall factor of speed, for software of which nothing more is known.
     """
@@ -51,7 +51,6 @@ class Practice:
     overlap_tp: float = 0.0
     overlap_ep: float = 0.0
     overlap_dp: float = 0.9
-    p2p_beside: bool = True
     p2p_split: bool = False
     reduce_bytes: float = 0.0
     loss_bytes: float = 20.0

@@ -137,8 +137,8 @@ class _Step:
     def durations(self, times: StageTimes, p2p: float) -> Durations:
         """For the simulator."""
         forward, back, weight = times.rows.T
-        send = p2p if self.practice.p2p_beside else 0.0
-        return Durations(forward.tolist(), (back + weight).tolist(), back.tolist(), weight.tolist(), p2p=send)
+
+        return Durations(forward.tolist(), (back + weight).tolist(), back.tolist(), weight.tolist(), p2p=p2p)
 
     def schedule(self) -> Schedule:
         """The run's list."""
