@@ -266,6 +266,7 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
         ("int64 targets", lambda: ops.logit_statistics(x, torch.zeros(2, dtype=torch.long, device=device))),
         ("scale must be 1 contiguous float32", lambda: ops.quantise(x, torch.ones(2, device=device), False)),
         (r"grads\[0\] must be contiguous", lambda: ops.adamw_([weight], [x[:, 0]], [weight], [weight], [], *rest)),
+        (r"copies\[0\] must be .*BFloat16", lambda: ops.adamw_(*([weight],) * 5, *rest)),
         ("lists of different lengths", lambda: ops.adamw_([weight], [], [weight], [weight], [], *rest)),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match=match):
