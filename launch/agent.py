@@ -43,6 +43,7 @@ from megacore.config.schema import RunConfig
 from megacore.exits import STOPPED
 from megacore.launch.endings import NODE, VARIABLE, Endings
 from megacore.launch.failures import Failure, cause, describe
+from megacore.launch.places import is_free
 from megacore.launch.processes import SETTLE_S
 from megacore.launch.restarts import Restarts
 from megacore.launch.terminal import page_width
@@ -287,7 +288,8 @@ def attempt(outcome: Outcome, words: Sequence[str], nodes: Nodes, place: Place, 
             min_nodes=nodes.fewest,
             max_nodes=nodes.most,
             local_addr=place.address,
-            is_host=place.is_host,
+            # of several nodes on one machine, as in a rehearsal, the first keeps the list
+            is_host=place.is_host and is_free(place.port),
             join_timeout=int(wait_s),
             last_call_timeout=LAST_CALL_S,
             read_timeout=READ_LIMIT_S,

@@ -26,6 +26,15 @@ def free_port() -> int:
     return port
 
 
+def is_free(port: int) -> bool:
+    """Whether nobody listens there on this machine."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError:
+        return False
+    return True
+
+
 def is_here(host: str) -> bool:
     """Whether ``host`` is one of this machine's own addresses. Raises OSError where the name is not known."""
     for family, kind, number, _, where in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):

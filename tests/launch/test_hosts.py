@@ -16,6 +16,7 @@ import pytest
 
 from megacore.checkpoint.find import LATEST
 from megacore.exits import STOPPED
+from megacore.train.failpoints import VARIABLE
 from tests.launch.hosts import Host, network, reason_against
 from tests.launch.test_node import ENVIRONMENT, alive, wait_for
 from tests.train.runs import events, figures, last_state, words_of, write_corpus
@@ -206,6 +207,19 @@ def test_a_job_on_fewer_hosts_goes_on_from_the_same_folder(two: Cluster, letters
     assert two.submit(words, "1", two.hosts[1:]).wait(200) == 0, two.log()
     assert starts(out) == [4, 2]
     assert [each["step"] for each in figures(out)] == list(range(1, 61))
+
+
+def test_a_fault_on_another_host_is_shown_once(two: Cluster, letters: str, tmp_path: Path) -> None:
+    """Every start fails on host 1: its box has the cause, and so have the events that host 0 writes."""
+    out = tmp_path / "run"
+    two.environment[VARIABLE] = "step:3:4:raise"
+    job = two.submit(words_of(letters, out, "parallel.tp=2", "parallel.pp=2"), "2")
+    assert job.wait(300) == 1
+    boxes = two.log().count("rank 3 of 4 failed")
+    assert boxes == 4 and two.log().count(" failed: ") == boxes and "Traceback" not in two.log(), two.log()
+    causes = [each["cause"] for each in events(out, "restart")]
+    assert len(causes) == 3 and all("rank 3" in each for each in causes), causes
+    assert "came to no newer checkpoint" in two.log()
 
 
 def test_slurms_grace(two: Cluster, letters: str, tmp_path: Path) -> None:

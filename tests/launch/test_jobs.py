@@ -18,6 +18,7 @@ from megacore.launch.job import OF_JOBS
 from megacore.launch.jobs import KINDS
 from megacore.launch.node import node_range
 from megacore.launch.places import interface_of, is_here, meeting_point, own_address
+from tests.train.runs import STEPS, events, figures, words_of, write_corpus
 
 RUN = """
 out = "{out}"
@@ -255,6 +256,19 @@ def test_without_a_scheduler(
     (tmp_path / "sky").chmod(0o755)
     assert run("megacore.launch.jobs", ["sky", run_file, "--output", str(tmp_path / "task.yaml")]) == 0
     assert (tmp_path / "given").read_text() == f"jobs launch {tmp_path}/task.yaml\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", ["1", "2"])
+def test_a_rehearsal_here(nodes: str, tmp_path: Path) -> None:
+    """`megacore launch local`: one node in this process, several side by side."""
+    letters = write_corpus(str(tmp_path / "letters"), 1)
+    words = words_of(letters, tmp_path / "run", "parallel.tp=2")
+    command = [sys.executable, "-m", "megacore", "launch", "local", "--nodes", nodes, "--gpus", "2", "--gpu", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    assert subprocess.run([*command, *words], env=environment, timeout=150).returncode == 0
+    assert [each["step"] for each in figures(tmp_path / "run")] == list(range(1, STEPS + 1))
+    assert events(tmp_path / "run", "start")[0]["world_size"] == 2 * int(nodes)
 
 
 def test_places() -> None:
