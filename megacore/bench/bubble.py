@@ -130,7 +130,7 @@ def message_seconds(seconds: Seconds, mesh: ParallelMesh) -> float:
             for start, end, c in zip(timeline.start, timeline.end, map(timeline.computing, ranks))
         ]
         gaps += [after - before for (_, before), (after, _) in pairwise(spans)]
-    return statistics.median(gaps)
+    return max(0.0, statistics.median(gaps))  # hosts' clocks agree to some microseconds only
 
 
 def sleeping_engine(schedule: Schedule, seconds: Seconds, mesh: ParallelMesh) -> PipelineEngine:

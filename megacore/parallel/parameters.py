@@ -53,7 +53,7 @@ class ParameterMaker:
 
 @torch.no_grad()
 def fill(tensor: Tensor, spec: ParamSpec, group: Group, seed: int) -> None:
-    """Write this rank's part of a parameter's initial value into ``tensor`` (local shape; nothing on the meta device)."""
+    """Write this rank's part of a parameter's initial value into ``tensor`` (local shape; on meta there is nothing)."""
     if tensor.is_meta:
         return
     if spec.init != "normal":

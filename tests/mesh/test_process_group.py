@@ -96,10 +96,10 @@ SLURM = {
 
 def test_places_from_the_environment() -> None:
     assert RankInfo.from_environment({}) is None
-    assert RankInfo.from_environment(TORCHRUN) == RankInfo(5, 8, 1, 4, "env://")
-    assert RankInfo.from_environment(SLURM) == RankInfo(5, 7, 1, 3, "tcp://gpu007:23456")
+    assert RankInfo.from_environment(TORCHRUN) == RankInfo(5, 8, 1, 4, "env://", "a")
+    assert RankInfo.from_environment(SLURM) == RankInfo(5, 7, 1, 3, "tcp://gpu007:23456", "gpu007")
     assert RankInfo.from_environment(SLURM | {"MASTER_ADDR": "b", "MASTER_PORT": "9"}) == RankInfo(
-        5, 7, 1, 3, "tcp://b:9"
+        5, 7, 1, 3, "tcp://b:9", "b"
     )
     batch_script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}
     assert RankInfo.from_environment(batch_script) is None
