@@ -104,7 +104,7 @@ def test_what_cannot_be_compiled_is_left_out_and_told(
     assert capsys.readouterr().err == "left out: squares by torch.compile: no compiler\n"
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     (one,) = measure("squares", Size(4, 128, torch.float32, CPU), rounds=1, peak=1.0)
-    assert {side.name for side in one.comparison.sides} == {COPY, "reference", COMPILED}
+    assert {side.name for side in one.comparison.sides} == {COPY, "reference", "foreach", COMPILED}
 
 
 def test_liger_is_called_in_our_signature(monkeypatch: pytest.MonkeyPatch) -> None:
