@@ -266,7 +266,12 @@ def test_a_kill_leaves_nothing_half_done(tmp_path, how):
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": root}
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where a shell began us behind it
     )
     for _ in range(3):
         assert process.stdout.readline().strip().isdigit()
