@@ -232,9 +232,9 @@ def shown(first: Failure, world_size: int) -> str:
 
 
 def run_node(
-    config: RunConfig, words: Sequence[str], nodes: Nodes, place: Place, max_restarts: int, wait_s: float
+    config: RunConfig, command: Sequence[str], nodes: Nodes, place: Place, max_restarts: int, wait_s: float
 ) -> int:
-    """Run ``megacore train WORDS`` as ranks of this node until the job is over; the exit code.
+    """Run ``megacore COMMAND`` as ranks of this node until the job is over; the exit code.
 
     ``config`` is the resolved run. A meeting point that is lost, or not there yet, is looked for ``wait_s`` seconds.
     """
@@ -252,7 +252,7 @@ def run_node(
             while True:
                 outcome.began = False
                 try:
-                    return attempt(outcome, words, nodes, place, wait_s, logs)
+                    return attempt(outcome, command, nodes, place, wait_s, logs)
                 except LOST as reason:
                     if outcome.began:
                         deadline = time.monotonic() + wait_s
@@ -278,7 +278,7 @@ def gives_up(outcome: Outcome, place: Place, reason: Exception, deadline: float)
     return None
 
 
-def attempt(outcome: Outcome, words: Sequence[str], nodes: Nodes, place: Place, wait_s: float, logs: Path) -> int:
+def attempt(outcome: Outcome, command: Sequence[str], nodes: Nodes, place: Place, wait_s: float, logs: Path) -> int:
     """One stay at the meeting point; the exit code. Raises ``LOST`` where it cannot be reached."""
     handler = get_rendezvous_handler(
         RendezvousParameters(
@@ -300,7 +300,7 @@ def attempt(outcome: Outcome, words: Sequence[str], nodes: Nodes, place: Place, 
         local_world_size=nodes.nproc,
         rdzv_handler=handler,
         entrypoint=sys.executable,
-        args=("-m", "megacore", "train", *words),
+        args=("-m", "megacore", *command),
         max_restarts=ENDLESS,
         monitor_interval=LOOK_EVERY_S,
         local_addr=place.address,

@@ -51,13 +51,10 @@ def node_command(job: Job, meet: str, address: str = "") -> list[str]:
     return [quoted(job.python), "-m", "megacore.launch.node", *own, *map(quoted, job.words)]
 
 
-def preflight_command(job: Job, meet: str) -> list[str]:
+def preflight_command(job: Job, meet: str, address: str = "") -> list[str]:
     """`megacore doctor` over all nodes and GPUs, a shell's words; it names a node that is not in order."""
-    return [
-        *(quoted(job.python), "-m", "torch.distributed.run", "--nnodes", str(job.nodes)),
-        *("--nproc-per-node", str(job.gpus), "--rdzv-backend", "c10d", "--rdzv-id", quoted(f"{job.name}-doctor")),
-        *("--rdzv-endpoint", meet, "-m", "megacore", "doctor"),
-    ]
+    command = node_command(job, meet, address)
+    return [*command[:3], "--preflight", *command[3:]]
 
 
 def torchrun_command(job: Job, meet: str) -> list[str]:

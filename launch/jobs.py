@@ -118,7 +118,7 @@ def check_options(args: argparse.Namespace, fewest: int, most: int) -> None:
         and not args.preset
         and not any(word.startswith("checkpoint.init_from=") for word in args.overrides)
     ):
-        wrong.append("megacore launch needs a run file, or --preset NAME (`megacore presets` lists them)")
+        wrong.append("a job needs a run file, or --preset NAME (`megacore presets` lists them)")
     if args.gpu not in (*CAPABILITIES, "cpu"):
         wrong.append(f"--gpu={args.gpu} is not known; it is one of {', '.join(CAPABILITIES)}, cpu")
     if fewest != most and args.kind in ("k8s", "sky"):

@@ -111,13 +111,13 @@ def trainjob(job: Job, namespace: str, claims: Sequence[str], runtime: str) -> s
 
 def script(job: Job, meet: str) -> str:
     """What a pod runs; the node's command becomes its first process, which Kubernetes asks to stop."""
-    checks = f"{lines(preflight_command(job, meet))}\n" if job.preflight else ""
+    checks = f"{lines(preflight_command(job, meet, ADDRESS_OF_POD))}\n" if job.preflight else ""
     return f"set -eu\n{checks}exec {lines(node_command(job, meet, ADDRESS_OF_POD))}\n"
 
 
 def again_script(job: Job, meet: str) -> str:
     """What a pod runs where nobody starts it again after a stop that was not its own."""
-    checks = f"{lines(preflight_command(job, meet))} || exit 1\n" if job.preflight else ""
+    checks = f"{lines(preflight_command(job, meet, ADDRESS_OF_POD))} || exit 1\n" if job.preflight else ""
     return f"""\
 set -u
 cd {quoted(job.workdir)} || exit 1

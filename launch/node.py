@@ -48,7 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // args.nproc)))
     from megacore.launch.agent import Nodes, Place, run_node  # brings torch
 
-    return run_node(config, words, Nodes(fewest, most, args.nproc), Place(*place), args.max_restarts, args.wait)
+    command, restarts = ("train", *words), args.max_restarts
+    if args.preflight:
+        command, restarts = ("doctor",), 0
+    return run_node(config, command, Nodes(fewest, most, args.nproc), Place(*place), restarts, args.wait)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--meet", default="", metavar="HOST[:PORT]", help="the node that keeps the list of nodes")
     parser.add_argument("--address", default="", metavar="IP", help="of this node; default: its way to --meet")
     parser.add_argument("--job", default="megacore", metavar="ID", help="tells jobs apart that share a meeting point")
+    parser.add_argument("--preflight", action="store_true", help="`megacore doctor` on all ranks instead of the run")
     parser.add_argument("--max-restarts", type=int, default=MAX_RESTARTS, metavar="N", help="without progress")
     parser.add_argument(
         "--wait", type=float, default=WAIT_S, metavar="S", help=f"seconds to wait for other nodes; default {WAIT_S:g}"

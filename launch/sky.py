@@ -15,7 +15,7 @@ SETUP = "bash launch/setup.sh"
 def task(job: Job, infra: str, setup: str, spot: bool) -> str:
     """A managed job: nodes that are lost, and runs that stop with 75, are recovered by the same command."""
     meet = f"{HEAD}:{PORT}"
-    checks = f"{lines(preflight_command(job, meet))}\n" if job.preflight else ""
+    checks = f"{lines(preflight_command(job, meet, OWN))}\n" if job.preflight else ""
     resources: dict[str, Any] = {
         "accelerators": f"{job.gpu.upper()}:{job.gpus}",
         "use_spot": spot,

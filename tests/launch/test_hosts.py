@@ -76,12 +76,14 @@ class Cluster:
             "SLURM_JOB_NODELIST": "all",
         }
 
-    def submit(self, words: list[str], nodes: str, hosts: list[Host] | None = None) -> "subprocess.Popen[str]":
+    def submit(
+        self, words: list[str], nodes: str, hosts: list[Host] | None = None, more: tuple[str, ...] = ()
+    ) -> "subprocess.Popen[str]":
         """Write the job as a user would, and run its script."""
         hosts = self.hosts if hosts is None else hosts
         script = self.folder / "job.sbatch"
         launch = [sys.executable, "-m", "megacore", "launch", "slurm", "--nodes", nodes, "--gpus", str(self.nproc)]
-        options = ["--gpu", "cpu", "--wait", "120", "--dry-run"]
+        options = ["--gpu", "cpu", "--wait", "120", "--dry-run", *more]
         text = subprocess.run([*launch, *options, *words], capture_output=True, text=True, env=ENVIRONMENT)
         assert text.returncode == 0, text.stderr
         script.write_text(text.stdout)
@@ -220,6 +222,16 @@ def test_a_fault_on_another_host_is_shown_once(two: Cluster, letters: str, tmp_p
     causes = [each["cause"] for each in events(out, "restart")]
     assert len(causes) == 3 and all("rank 3" in each for each in causes), causes
     assert "came to no newer checkpoint" in two.log()
+
+
+def test_a_preflight_looks_at_every_host(two: Cluster, letters: str, tmp_path: Path) -> None:
+    """`megacore doctor` on all ranks, over the very network; then the run."""
+    words = words_of(letters, tmp_path / "run", "parallel.tp=2", "parallel.pp=2")
+    code = two.submit(words, "2", more=("--preflight",)).wait(300)
+    log = two.log()
+    assert "4 ranks" in log and "nodes" in log, log
+    assert code == (1 if "FAIL" in log else 0), log
+    assert starts(tmp_path / "run") == ([] if code else [4]), "what is not in order ends the job"
 
 
 def test_slurms_grace(two: Cluster, letters: str, tmp_path: Path) -> None:

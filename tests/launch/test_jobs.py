@@ -86,7 +86,7 @@ def test_a_batch_script(
     joined = text.replace(" \\\n    ", " ")
     assert 'megacore.launch.node --nodes 8 --nproc 8 --meet "$meet:$port" --job my-run' in joined
     assert ("--container-image='nvcr.io#nvidia/pytorch:25.10'" in joined) == bool(more)
-    assert ("-m megacore doctor || exit 1" in joined) == bool(more)
+    assert ("-m megacore.launch.node --preflight --nodes 8" in joined) == bool(more)
     assert all(f"export {each.name}=" in text for each in OF_JOBS)
 
 
