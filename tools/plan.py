@@ -2,6 +2,9 @@
 
 Keys of a layout that are given (parallel.tp=8) are fixed, all others are searched; of a run file the model, the formats
 and the batch count. Nothing is run, and no GPU is needed.
+
+Ranked are layouts that the engine runs today; a faster one that needs what is not built is named in a note. --all
+ranks it too, as does a model or a key that needs what is not built (experts, parallel.cp=2).
 """
 
 import argparse
@@ -38,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     from megacore.cost.planning import read_wish
 
     machine = find_machine(args.gpu)
-    wish = read_wish(args.run, args.preset, args.overrides, args.gpus, machine, args.global_batch, args.headroom)
+    asked = (args.run, args.preset, args.overrides, args.gpus, machine, args.global_batch, args.headroom, args.all)
+    wish = read_wish(*asked)
     if args.estimate:
         return _estimate(wish, args)
     return _plan(wish, args, "megacore plan " + shlex.join(words))
@@ -61,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
         help="the machine (h100): a name, a file of one's own; or: list",
     )
     parser.add_argument("--top", type=int, default=5, metavar="N", help="how many layouts to list (5)")
+    parser.add_argument("--all", action="store_true", help="rank layouts too that the engine does not run yet")
     parser.add_argument("--estimate", action="store_true", help="price exactly the layout that is given")
     parser.add_argument("--global-batch", type=int, default=0, metavar="N", help="samples of a step (the run's)")
     parser.add_argument("--headroom", type=float, default=0.1, metavar="X", help="share of memory left free (0.1)")
@@ -101,6 +106,8 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.top < 1:
         raise ValueError(f"--top={args.top} must be at least 1")
+    if args.price is not None and not 0 <= args.price < float("inf"):
+        raise ValueError(f"--price={args.price:g} must be at least 0 dollars per GPU-hour")
     if args.deadline is not None and args.tokens is None:
         raise ValueError(
             f"--deadline={args.deadline:g} needs --tokens, such as --tokens 2T: what is to be done by then"

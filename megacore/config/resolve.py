@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import lru_cache
 
 from megacore.config.pipeline import num_chunks
 from megacore.config.schema import ModelConfig, OptimConfig, ParallelConfig, PrecisionConfig, RunConfig
@@ -30,6 +31,7 @@ def smallest_world(config: RunConfig) -> int:
     return max(1, p.tp * p.pp * p.cp * (p.dp or 1))
 
 
+@lru_cache(maxsize=256)
 def resolve_model(model: ModelConfig, seq_len: int) -> ModelConfig:
     """The model with the widths that follow from others."""
     gated_width = math.ceil(8 * model.hidden_size / (3 * 64)) * 64

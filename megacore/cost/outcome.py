@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megacore.cost.estimate import Estimate
+from megacore.cost.estimate import Estimate, with_notes
 from megacore.cost.explain import Judge, Verdict, alternatives, difference, too_large, variants
 from megacore.cost.planning import Wish, run_lines
 
@@ -19,6 +19,8 @@ class Outcome:
     counts: Mapping[str, int]
     verdicts: tuple[Verdict, ...] = ()
     runner_up: str = ""
+    not_built: Estimate | None = None
+    """A faster layout, of what the engine does not run yet."""
 
     def nothing(self) -> str:
         """What is said where no layout is left, with what would help."""
@@ -50,7 +52,10 @@ def judge(wish: Wish, top: int, reasons: bool = True) -> Outcome:
     found = wish.search(max(top, 2))
     if not found.best or not reasons:
         return Outcome(wish, found.best[:top], found.closest, found.counts)
-    winner = found.best[0]
+    winner, not_built = found.best[0], wish.not_built(found.best[0])
+    best = found.best[:top]
+    if not_built:
+        best = (with_notes(winner, (faster_but(not_built, winner),)), *best[1:])
     judged = Judge(wish.space(), wish.machine, winner, wish.practice, wish.headroom)
     kinds = {
         name: allowed
@@ -61,7 +66,16 @@ def judge(wish: Wish, top: int, reasons: bool = True) -> Outcome:
     if len(found.best) > 1:
         second = found.best[1]
         runner_up = f"runner-up {second.name()}: {difference(winner, second)}"
-    return Outcome(wish, found.best[:top], found.closest, found.counts, judged.verdicts(kinds), runner_up)
+    return Outcome(wish, best, found.closest, found.counts, judged.verdicts(kinds), runner_up, not_built)
+
+
+def faster_but(not_built: Estimate, winner: Estimate) -> str:
+    """What is said of a faster layout that the engine does not run yet."""
+    gain = not_built.tokens_per_s_per_gpu / winner.tokens_per_s_per_gpu - 1
+    return (
+        f"{gain:.1%} faster, but not built yet: {not_built.name()}, {not_built.tokens_per_s_per_gpu:,.0f} tokens/s per "
+        "GPU; --all ranks such layouts too"
+    )
 
 
 def contradicts(wish: Wish, allowed: Mapping[str, tuple[Any, ...]]) -> bool:

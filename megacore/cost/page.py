@@ -41,6 +41,8 @@ svg { max-width: 100%; height: auto; display: block }
 .no { color: #a8341a } .yes { color: #1f7a4c } footer { color: var(--grey); font-size: 13px; padding: 0 4px }
 ul { margin: 8px 0 0; padding-left: 20px } figure { margin: 0 0 6px }
 """
+LARGEST_PICTURE = 200_000
+"""Characters of a picture that a page takes."""
 TERM_HUES = (
     "#2457b8",
     "#8fb8f2",
@@ -90,7 +92,7 @@ def page(report: Report) -> str:
             _section("Where a step goes", f"{winner.step.seconds:.3g} s", _bar(winner)),
             _section("The fastest layouts that fit", "one of each kind", _table(report.best)),
             _section("Why", "priced term by term", _reasons(report)),
-            *(_section(each.title, each.shows, f"<figure>{each.svg}</figure>") for each in report.figures),
+            *(_section(each.title, each.shows, _figure(each)) for each in report.figures),
             _section("Time, money and failures", "", _economics(report)),
             _section("Run file", "paste these lines", f"<pre>{escape(report.lines)}</pre>"),
             _section("Notes", "", _list(winner.notes)) if winner.notes else "",
@@ -104,6 +106,13 @@ def page(report: Report) -> str:
         f"<main class=\"wide\">{body}<footer>Predicted from the model's shapes and the machine's figures; nothing here "
         "was measured. 1 GB is 10<sup>9</sup> bytes.</footer></main></body></html>\n"
     )
+
+
+def _figure(figure: Figure) -> str:
+    """The picture, if it is no larger than a page should be."""
+    if len(figure.svg) <= LARGEST_PICTURE:
+        return f"<figure>{figure.svg}</figure>"
+    return f"<p>{len(figure.svg) / 1e6:.1f} MB, too large for this page; --plot FOLDER writes it as a file.</p>"
 
 
 def _cards(winner: Estimate, report: Report) -> str:

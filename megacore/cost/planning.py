@@ -1,6 +1,6 @@
 """From what a user asks for to a plan: which keys are fixed, which batch holds, and what is priced."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -8,6 +8,7 @@ from megacore.config.errors import ConfigError
 from megacore.config.load import SHORT, load
 from megacore.config.resolve import resolve
 from megacore.config.schema import ParallelConfig, RunConfig
+from megacore.config.supported import WORKS, unsupported
 from megacore.config.validate import validate
 from megacore.config.write import toml_value
 from megacore.cost.estimate import HEADROOM, Estimate, estimate, with_notes
@@ -35,6 +36,18 @@ class Wish:
     headroom: float = HEADROOM
     practice: Practice = OURS
     notes: tuple[str, ...] = ()
+    everything: bool = False
+    """Whether layouts that the engine does not run yet are ranked with the others."""
+
+    @property
+    def built(self) -> Mapping[str, tuple[Any, ...]]:
+        """The values of searched keys to which a search keeps, so that the engine runs what it finds; empty where all
+        are to be ranked, or the user or the model asks for more than the engine runs."""
+        beyond = {line.partition("=")[0] for line in unsupported(self.open())}
+        if self.everything or any(key.startswith(("model.", "parallel.")) for key in beyond):
+            return {}
+        names = {key.removeprefix("parallel."): values for key, values in WORKS.items() if key.startswith("parallel.")}
+        return {name: values for name, values in names.items() if f"parallel.{name}" not in self.fixed}
 
     def space(self) -> Space:
         """The layouts that are allowed. Raises ConfigError where the run itself is wrong."""
@@ -43,7 +56,7 @@ class Wish:
         if problems:
             raise ConfigError(problems)
         node = max(self.machine.gpus_per_node, self.machine.nvlink_domain)
-        return Space(resolve(config, self.world), self.world, node, self.fixed, self.batch)
+        return Space(resolve(config, self.world), self.world, node, self.fixed, self.batch, allowed=self.built)
 
     def open(self) -> RunConfig:
         """The run without those keys of its layout that are searched."""
@@ -74,6 +87,16 @@ class Wish:
         """The fastest layouts that fit."""
         found = Search(self.space(), self.machine, self.practice, self.headroom).run(top)
         return replace(found, best=tuple(with_notes(each, self.notes) for each in found.best))
+
+    def not_built(self, winner: Estimate) -> Estimate | None:
+        """The fastest layout of all, if the engine does not run it yet and it is faster than ``winner``."""
+        if not self.built:
+            return None
+        space = replace(self, everything=True).space()
+        search = Search(space, self.machine, self.practice, self.headroom, beyond=self.built, within=winner)
+        found = search.run(1, again=0)
+        faster = found.best and found.best[0].tokens_per_s_per_gpu > winner.tokens_per_s_per_gpu
+        return found.best[0] if faster else None
 
     def estimate(self) -> Estimate:
         """Exactly the layout that is written. Raises ConfigError with all that is wrong with it."""
@@ -123,6 +146,7 @@ def read_wish(
     machine: Machine,
     batch: int = 0,
     headroom: float = HEADROOM,
+    everything: bool = False,
 ) -> Wish:
     """What a command line asks for. Keys of the layout that it gives are fixed; a run file's layout is not, but its
     batch is. Models that say no format are planned in bf16."""
@@ -144,7 +168,7 @@ def read_wish(
     if batch:
         config = replace(config, train=replace(config.train, global_batch_size=batch))
     fixed = frozenset(key for key in given if key.startswith("parallel.") or key == "train.micro_batch_size")
-    return Wish(config, world, machine, fixed, batch, headroom, notes=tuple(notes))
+    return Wish(config, world, machine, fixed, batch, headroom, notes=tuple(notes), everything=everything)
 
 
 def _has_bf16(machine: Machine) -> bool:

@@ -10,17 +10,21 @@ priced again with the schedule's list. ``tests/cost/test_search.py`` holds it ag
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
+from math import inf
+from types import MappingProxyType
+from typing import Any
 
+from megacore.config.pipeline import V_SHAPED
 from megacore.cost.estimate import HEADROOM, Estimate, assemble, limit_of
 from megacore.cost.machine import Machine
 from megacore.cost.memory import RankMemory, memory_by_rank
 from megacore.cost.practice import OURS, Practice
 from megacore.cost.space import Mesh, Space, Way
-from megacore.cost.step import StepTime, step_time
+from megacore.cost.step import StepTime, formula_times, step_time
 from megacore.layout.layout import Layout
 
 LONGEST_LIST = 60_000
@@ -67,13 +71,24 @@ class Search:
     practice: Practice = OURS
     headroom: float = HEADROOM
     counts: Counter[str] = field(default_factory=Counter)
+    beyond: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    """Values of axes with none of which a mesh is looked at, if there are any: it must leave one of them."""
+    within: Estimate | None = None
+    """What a layout must be faster than."""
 
-    def run(self, top: int, key: Key = by_mesh, simulate: bool = True) -> Found:
-        """The ``top`` fastest, no two of one key."""
-        found, closest = self._walk(top + AGAIN if simulate else top, key)
+    def run(self, top: int, key: Key = by_mesh, simulate: bool = True, again: int = AGAIN) -> Found:
+        """The ``top`` fastest, no two of one key; ``again``: how many more are simulated to find them."""
+        found, closest = self._walk(top + again if simulate else top, key)
         best = [self._whole(mesh, way, simulate) for mesh, way in found]
         best.sort(key=lambda each: -each.tokens_per_s_per_gpu)
         return Found(tuple(best[:top]), dict(self.counts), self._whole(*closest, False) if closest else None)
+
+    @property
+    def slowest(self) -> float:
+        """Seconds of a sample from which on nothing is looked at."""
+        if self.within is None:
+            return inf
+        return self.within.step.seconds / self.within.config.train.global_batch_size
 
     def _walk(self, top: int, key: Key) -> tuple[list[tuple[Mesh, Way]], tuple[Mesh, Way] | None]:
         queue = _Queue()
@@ -82,7 +97,7 @@ class Search:
         found: dict[Hashable, tuple[Mesh, Way]] = {}
         closest: tuple[int, Mesh, Way] | None = None
         limit = limit_of(self.machine, self.headroom)
-        while queue.entries and len(found) < top:
+        while queue.entries and len(found) < top and queue.entries[0][0] < self.slowest:
             mesh, way, priced = queue.take()
             if way is None:
                 least, smallest = self._least(mesh, limit)
@@ -97,8 +112,8 @@ class Search:
             elif key(mesh, way) in found or self.space.problems(self.space.run(mesh, way)):
                 continue
             elif not priced:
-                for each in self.space.siblings(mesh, way):
-                    queue.put(self._price(mesh, each).seconds / mesh.batch, mesh, each, True)
+                for each, step in self._prices(mesh, list(self.space.siblings(mesh, way))):
+                    queue.put(step.seconds / mesh.batch, mesh, each, True)
             elif self._most(mesh, way) <= limit:
                 found[key(mesh, way)] = mesh, way
             elif smaller := self.space.smaller(way):
@@ -109,6 +124,8 @@ class Search:
         """Every legal mesh with the least seconds that a sample can take."""
         bounds = []
         for mesh in self.space.meshes():
+            if self.beyond and all(getattr(mesh, name) in values for name, values in self.beyond.items()):
+                continue
             first = next(self.space.firsts(mesh), None)
             if first is None or self.space.problems(self.space.run(mesh, first)):
                 continue
@@ -120,6 +137,18 @@ class Search:
         """By the closed form."""
         self.counts["priced"] += 1
         return self._step(mesh, way, False)
+
+    def _prices(self, mesh: Mesh, ways: list[Way]) -> Iterator[tuple[Way, StepTime]]:
+        """The same of ways that differ only in their schedule; those that cut the layers alike share the work."""
+        alike: dict[tuple[int, bool], list[Way]] = {}
+        for way in ways:
+            alike.setdefault((way.chunks, way.schedule in V_SHAPED), []).append(way)
+        for group in alike.values():
+            self.counts["priced"] += len(group)
+            config = self.space.run(mesh, group[0])
+            layout = Layout.of(config.parallel, self.space.world)
+            kinds = [way.schedule for way in group]
+            yield from zip(group, formula_times(config, layout, self.machine, self.practice, kinds), strict=True)
 
     def _most(self, mesh: Mesh, way: Way) -> int:
         """Bytes of the rank that needs most."""

@@ -185,14 +185,16 @@ class Space:
         return [(kind, chunks) for kind in kinds for chunks in self.chunks_of(kind, mesh)]
 
     def chunks_of(self, kind: str, mesh: Mesh) -> list[int]:
-        """Stages on each rank. Interleaving more finely than the layers divide is worth it by powers of two only."""
+        """Stages on each rank. Interleaving more finely than the layers divide, with or without embedding and head, is
+        worth it by powers of two only."""
         if kind in V_SHAPED:
             return [2] if 2 * mesh.pp <= self.config.model.num_layers + 2 else []
         if kind != "interleaved":
             return [1]
         layers = self.config.model.num_layers
         most = min((layers + 2) // mesh.pp, LARGEST_CHUNKS)
-        even = [n for n in range(2, most + 1) if not n & (n - 1) or not layers % (n * mesh.pp)]
+        units = layers, layers + 2
+        even = [n for n in range(2, most + 1) if not n & (n - 1) or any(not of % (n * mesh.pp) for of in units)]
         return self.of("chunks", list(range(2, most + 1)) if self.whole else even)
 
     def sequences(self, mesh: Mesh) -> list[bool]:
@@ -218,8 +220,16 @@ class Space:
             sequence_parallel=way.sequence, regather_inputs=p.regather_inputs and way.sequence,
             stage_layers=p.stage_layers if "parallel.stage_layers" in self.fixed else (),
         )  # fmt: skip
-        train = replace(self.config.train, micro_batch_size=mesh.micro, global_batch_size=mesh.batch)
-        return replace(self.config, parallel=parallel, train=train)
+        batch = mesh.micro, mesh.batch
+        if batch not in self._with_batch:
+            train = replace(self.config.train, micro_batch_size=mesh.micro, global_batch_size=mesh.batch)
+            self._with_batch[batch] = replace(self.config, train=train)
+        return replace(self._with_batch[batch], parallel=parallel)
+
+    @cached_property
+    def _with_batch(self) -> dict[tuple[int, int], RunConfig]:
+        """(microbatch, global batch) -> the run with them: made once, for all layouts that have them."""
+        return {}
 
     def problems(self, config: RunConfig) -> list[str]:
         """Which of the rules about layouts a run breaks (the other rules say the same of all layouts)."""

@@ -6,9 +6,9 @@ A stage's work is that of its blocks (``cost/blocks.py``); the pipeline's time i
 simulated, or of its closed form (``cost/pipelines.py``), which takes a fraction of a millisecond.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
@@ -72,6 +72,14 @@ def step_time(
     return _Step(config, layout, machine, practice).time(simulate)
 
 
+def formula_times(
+    config: RunConfig, layout: Layout, machine: Machine, practice: Practice, kinds: Iterable[str]
+) -> list[StepTime]:
+    """By the closed form, of each of the schedules ``kinds``; all must cut the layers as the run's own does."""
+    step = _Step(config, layout, machine, practice)
+    return [step.formula(kind) for kind in kinds]
+
+
 class _Step:
     """What the parts of one layout's step take."""
 
@@ -106,18 +114,55 @@ class _Step:
 
     def time(self, simulated: bool) -> StepTime:
         """All together."""
-        works = _works(self.config.model, self.cutting.stage_kinds, self.share)
-        waits = self.unit_waits(works)
-        times = self.stage_times(works, waits)
-        p2p = self.message()
-        chosen = self.schedule() if simulated else None
-        timeline = None
-        if chosen is not None:
-            timeline = simulate(chosen, self.durations(times, p2p))
-            pipeline = timeline.makespan
-        else:
-            pipeline = pipeline_s(self.config.parallel.schedule, times, self.microbatches, p2p)
-        return self.assemble(works, times, pipeline, p2p, timeline, waits)
+        if not simulated:
+            return self.formula(self.config.parallel.schedule)
+        timeline = simulate(self.schedule(), self.durations(self.times, self.p2p))
+        return self.assemble(timeline.makespan, timeline)
+
+    def formula(self, kind: str) -> StepTime:
+        """With the closed form of a schedule that cuts the layers as the run's own does."""
+        return self.assemble(pipeline_s(kind, self.times, self.microbatches, self.p2p), None)
+
+    @cached_property
+    def works(self) -> Works:
+        """Of each kind of stage."""
+        return _works(self.config.model, self.cutting.stage_kinds, self.share)
+
+    @cached_property
+    def waits(self) -> list[tuple[float, float]]:
+        """See ``unit_waits``."""
+        return self.unit_waits(self.works)
+
+    @cached_property
+    def times(self) -> StageTimes:
+        """See ``stage_times``."""
+        return self.stage_times(self.works, self.waits)
+
+    @cached_property
+    def p2p(self) -> float:
+        """See ``message``."""
+        return self.message()
+
+    @cached_property
+    def total(self) -> Parts:
+        """What all stages do for a microbatch."""
+        counts = self.cutting.total.tolist()
+        return _total([(half, n) for work, n in zip(self.works, counts, strict=True) for half in work])
+
+    @cached_property
+    def after(self) -> tuple[float, float]:
+        """See ``data_parallel``."""
+        return self.data_parallel(self.times)
+
+    @cached_property
+    def update(self) -> float:
+        """See ``optimizer``."""
+        return self.optimizer()
+
+    @cached_property
+    def busy(self) -> float:
+        """Seconds that ranks work in the pipeline, in the mean."""
+        return self.microbatches * float(self.times.rows.sum()) / self.layout.pp
 
     def stage_times(self, works: Works, waits: list[tuple[float, float]]) -> StageTimes:
         """Seconds of each stage, slowed by what goes beside."""
@@ -226,26 +271,16 @@ class _Step:
             return numel * (ITEM_BYTES["fp32"] + self.item) / HOST_GB_PER_S / 1e9
         return numel * STATE_BYTES / self.share.device.memory
 
-    def assemble(
-        self,
-        works: Works,
-        times: StageTimes,
-        pipeline: float,
-        p2p: float,
-        timeline: Timeline | None,
-        waits: list[tuple[float, float]],
-    ) -> StepTime:
+    def assemble(self, pipeline: float, timeline: Timeline | None) -> StepTime:
         """The parts of a step, of ranks in the mean."""
         layout, m, pp = self.layout, self.microbatches, self.layout.pp
         per = m / pp / self.practice.pace
-        counts = self.cutting.total.tolist()
-        total = _total([(half, n) for work, n in zip(works, counts, strict=True) for half in work])
-        busy = m * float(times.rows.sum()) / pp
-        units = m / pp * sum(n * (forward + back) for n, (forward, back) in zip(counts, waits, strict=True))
-        after, hidden_dp = self.data_parallel(times)
-        optimizer = self.optimizer()
-        idle = max(0.0, pipeline - busy)
-        sends = 0.0 if pp == 1 else min(idle, 2 * p2p * (layout.chunks if layout.chunks > 1 else 1) * 2)
+        counts, total = self.cutting.total.tolist(), self.total
+        units = m / pp * sum(n * (forward + back) for n, (forward, back) in zip(counts, self.waits, strict=True))
+        after, hidden_dp = self.after
+        optimizer = self.update
+        idle = max(0.0, pipeline - self.busy)
+        sends = 0.0 if pp == 1 else min(idle, 2 * self.p2p * (layout.chunks if layout.chunks > 1 else 1) * 2)
         straggling = STRAGGLING * np.log2(max(1.0, layout.world / self.machine.gpus_per_node)).item() * pipeline
         contention = CONTENTION * _hidden(total) * per
         breakdown = {

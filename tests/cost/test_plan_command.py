@@ -70,6 +70,7 @@ def test_list_of_machines(capsys):
         (["--preset", "llama3-8b", "--gpu", "h101"], "h100"),
         (["--preset", "llama3-8b", "--gpus", "0"], "--gpus=0"),
         (["--preset", "llama3-8b", "--top", "0"], "--top=0"),
+        (["--preset", "llama3-8b", "--price", "-1"], "--price=-1"),
         (["--preset", "llama3-8b", "--deadline", "3"], "needs --tokens"),
         (["--preset", "llama3-8b", "--html", "/nowhere/plan.html"], "--html=/nowhere/plan.html cannot be written"),
         (["--preset", "llama3-8b", "--estimate", "--gpus", "6", "parallel.tp=4"], "does not divide the 6 ranks"),
@@ -87,3 +88,16 @@ def test_wrong_input(words, said):
 def test_numbers_of_tokens():
     with pytest.raises(SystemExit):
         main([*SMALL, "--tokens", "many"])
+
+
+def test_what_is_not_built_is_named_and_not_ranked(capsys):
+    """Context parallelism would be faster here: said in a note, ranked with --all."""
+    words = ["--preset", "llama3-70b", "--gpus", "256", "--json", "--top", "2"]
+    assert main(words) == 0
+    ranked = json.loads(capsys.readouterr().out)
+    assert {each["layout"]["cp"] for each in ranked} == {1}
+    assert any("not built yet: " in note and "--all" in note for note in ranked[0]["notes"])
+    assert main([*words, "--all"]) == 0
+    faster = json.loads(capsys.readouterr().out)[0]
+    assert faster["layout"]["cp"] > 1
+    assert faster["tokens_per_s_per_gpu"] > ranked[0]["tokens_per_s_per_gpu"]
