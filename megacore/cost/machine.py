@@ -166,6 +166,8 @@ def read_machine(path: Path) -> Machine:
         if key in ("node", "network", "reached"):
             changes[key] = _section(path, key, getattr(base, key), value)
         elif key in plain:
+            if key == "name" and not isinstance(value, str):
+                raise ValueError(f'{path}: name={value} must be text, such as "{path.stem}"')
             changes[key] = value if key == "name" else plain[key](_number(path, key, value))
         else:
             allowed = ("base", "memory_gb", *plain, "node", "network", "reached")

@@ -106,7 +106,7 @@ class Wish:
             wanted = usual_batch(config.train.seq_len, self.world) if config.train.seq_len > 0 else 1
             batch = max(unit, wanted // unit * unit) if unit > 0 else 1
             config = replace(config, train=replace(config.train, global_batch_size=batch))
-        if problems := [*self.problems(), *validate(config, self.world)]:
+        if problems := [*self.problems(), *validate(config, self.world if self.world > 0 else None)]:
             raise ConfigError(problems)
         resolved = resolve(config, self.world)
         found = estimate(resolved, self.world, self.machine, self.practice, headroom=self.headroom)
