@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megacore.data.skipping import place
-from megacore.mesh.collectives import agree
+from megacore.mesh.collectives import agree, gather_objects
+from megacore.mesh.group import Group
 from megacore.pipeline.engine import Marks
 from megacore.train.replicas import differences
 from megacore.train.spikes import Ledger, Spike, SpikeGuard
@@ -22,19 +23,28 @@ if TYPE_CHECKING:
     from megacore.train.keeping import Keeper, Resumed
     from megacore.train.reporter import Reporter
 
-GUARD, HOLES = "guard", "skipped_samples"
-"""Keys of a checkpoint's state."""
+GUARD = "guard"
+"""Key of a checkpoint's state."""
 
 
 class CopiesDiffer(RuntimeError):
     """Ranks hold different bits of what must be the same."""
 
 
-def ledger_of(out: str, resumed: Resumed | None) -> Ledger:
-    """The samples that a run leaves out: what its checkpoint says, and what was written down after that."""
+def ledger_of(out: str, resumed: Resumed | None, world: Group) -> Ledger:
+    """The samples that a run leaves out: what its checkpoint says, and what was written down after that. Rank 0 reads,
+    so that all leave out the same. Raises ValueError on all ranks where the file is damaged."""
     if resumed is None:
         return Ledger()
-    return Ledger.of(resumed.state.get(HOLES, ()), Ledger.read(Path(out)).holes if resumed.own else ())
+    ledger, error = Ledger.of_state(resumed.state), None
+    if world.rank == 0 and resumed.own:
+        try:
+            ledger = ledger.joined(Ledger.read(Path(out)))
+        except (OSError, ValueError) as reason:
+            error = reason
+    agree(error, world)
+    found: Ledger = gather_objects(ledger, world)[0]
+    return found
 
 
 class Guards:
@@ -52,7 +62,7 @@ class Guards:
 
     def state(self) -> dict[str, Any]:
         """What checkpoints keep of it."""
-        return {GUARD: self.spikes.state(), HOLES: [list(hole) for hole in self.ledger.holes]}
+        return {GUARD: self.spikes.state(), **self.ledger.state()}
 
     def times(self, step: int) -> bool:
         """Whether the instructions of a step are to be timed."""
@@ -93,7 +103,7 @@ class Guards:
 
     def _go_back(self, spike: Spike) -> str:
         """Make ready to return to a checkpoint before a spike, leaving its batch out; or why that cannot be."""
-        if len(self.ledger.holes) >= self.guard.max_rewinds:
+        if self.ledger.batches >= self.guard.max_rewinds:
             return f"guard.max_rewinds={self.guard.max_rewinds} batches are left out already"
         target = self.keeper.newest_before(spike.step, self.reporter)
         if not target:
@@ -101,7 +111,7 @@ class Guards:
         batch = self.data.plan.batch(spike.step)
         counted = np.arange(batch.first_ordinal, batch.first_ordinal + batch.size, dtype=np.int64)
         ordinals = place(counted, self.ledger.holes).tolist()
-        self.ledger = self.ledger.with_samples(ordinals)
+        self.ledger = self.ledger.with_batch(ordinals)
         error: Exception | None = None
         if self.mesh.rank == 0:
             try:

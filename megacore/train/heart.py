@@ -1,5 +1,6 @@
 """A run's heartbeat: what each rank tells of itself, and how one that is silent or late is named."""
 
+import secrets
 import statistics
 import sys
 import threading
@@ -34,16 +35,27 @@ class Heart:
         if mesh.world.size == 1 or not guard.heartbeat:
             return
         limits = Limits(guard.silent_s, guard.abort_s, guard.step_limit_s)
+        token = secrets.token_hex(16) if mesh.rank == 0 else ""
+        problem = ""
         if mesh.rank == 0:
-            self.listener = Listener(limits, self.tell)
-        port: int = gather_objects(self.listener.port if self.listener else 0, mesh.world)[0]
+            try:  # on this machine alone where all ranks are
+                here = "" if info.host else LOOPBACK
+                self.listener = Listener(limits, self.tell, mesh.world.size, token, here)
+            except OSError as reason:
+                problem = f"rank 0 cannot listen ({reason})"
+        port: int
+        port, token = gather_objects((self.listener.port if self.listener else 0, token), mesh.world)[0]
         address = (info.host or LOOPBACK, port)
         try:
-            self.beater = Beater(mesh.rank, self.pulse, address, limits, self.tell, threading.get_ident())
+            if port:
+                ident = threading.get_ident()
+                self.beater = Beater(mesh.rank, self.pulse, address, token, limits, self.tell, ident)
         except OSError as reason:
+            problem = f"{address[0]} port {port}, where rank 0 listens, cannot be reached ({reason})"
+        if problem:
             sys.stderr.write(
-                f"megacore: rank {mesh.rank} has no heartbeat: {address[0]} port {port}, where rank 0 listens, cannot "
-                f"be reached ({reason}); open the ports between the nodes, or set guard.heartbeat=false\n"
+                f"megacore: rank {mesh.rank} has no heartbeat: {problem}; open the ports between the nodes, or set "
+                "guard.heartbeat=false\n"
             )
         log = mesh.world.log
         if log is not None:

@@ -87,7 +87,7 @@ def live(
         weights = keeper.begin_from(config.checkpoint.init_from) if fresh else ""
     with phases.time("data"):
         start = (1, 0) if resumed is None else (resumed.step + 1, resumed.samples)
-        ledger = ledger_of(config.out, resumed)
+        ledger = ledger_of(config.out, resumed, mesh.world)
         data = open_data(config, mesh, start, ledger.holes)
         if resumed is not None:
             keeper.check_data(resumed, data)
@@ -163,14 +163,15 @@ class Loop:
                 self.reporter.timeline(step, clock.read(self.built.trainer.plan(len(microbatches))))
             asked = self.flush()
             if self.guards.goes_back:
-                return GO_BACK
+                return self.go_back()
             self.late = Late(step, result, lr, began, ended, batch.size * c.train.seq_len)
             evaluates, samples = self.due(c.train.eval_every, step), self.due(c.log.sample_every, step)
             saves = self.due(c.checkpoint.save_every, step) or self.due(c.checkpoint.export_hf_every, step)
             val_loss = None
-            if evaluates and not asked.stop:
+            last = step == c.train.steps  # whose evaluation nobody makes again
+            if evaluates and (last or not asked.stop):
                 self.heart.does("evaluation")
-                self.late.val_loss = val_loss = self.evaluate()
+                self.late.val_loss = val_loss = self.evaluate(hurries=not last)
             stops = asked.stop or (evaluates and val_loss is None)
             if samples and not stops:
                 self.heart.does("sampling")
@@ -181,7 +182,7 @@ class Loop:
                 self.heart.does("saving")
                 self.save(step, val_loss)
             if self.guards.goes_back:
-                return GO_BACK
+                return self.go_back()
             if stops and step < c.train.steps:
                 return self.stop(step)
             # a step lasts from the end of the one before, but for what is no training
@@ -189,7 +190,7 @@ class Loop:
         self.heart.does("the end")
         self.flush()
         if self.guards.goes_back:
-            return GO_BACK
+            return self.go_back()
         self.keeper.finish(self.reporter)
         self.reporter.finish()
         return 0
@@ -202,6 +203,11 @@ class Loop:
         loss = None if val_loss is None else val_loss.item()
         self.keeper.save(step, self.data, self.reporter, loss, self.guards.state())
         self.wishes.saved()
+
+    def go_back(self) -> int:
+        """Leave, to be taken up again from a checkpoint before a spike."""
+        self.heart.does("going back")
+        return GO_BACK
 
     def stop(self, step: int) -> int:
         """Leave after ``step``, which is saved, as was asked; returns the exit code."""
@@ -223,14 +229,14 @@ class Loop:
         self.guards.see(late.step, late.result.loss.item())
         return Asked.of(late.result.asked)
 
-    def evaluate(self) -> Tensor | None:
-        """Mean cross-entropy over the evaluation batches, a scalar on the device; None where the run is asked to stop
-        meanwhile, which a batch later is seen."""
+    def evaluate(self, hurries: bool = True) -> Tensor | None:
+        """Mean cross-entropy over the evaluation batches, a scalar on the device; with ``hurries`` None where the run
+        is asked to stop meanwhile, which a batch later is seen."""
         total = torch.zeros(4, dtype=torch.float64, device=self.built.mesh.device)
         before = None
         for microbatches in self.data.evaluation():
             batch = self.built.trainer.evaluate(microbatches)
-            if before is not None and Asked.of(before[2:]).stop:
+            if hurries and before is not None and Asked.of(before[2:]).stop:
                 return None
             total, before = total + batch, batch
         return total[0] / total[1]

@@ -21,6 +21,8 @@ from megacore.config.schema import GuardConfig
 from megacore.data.files import write_atomic
 from megacore.monitor.run_folder import SKIPPED
 
+HOLES, BATCHES = "skipped_samples", "skipped_batches"
+"""Keys of a ledger, in its file and in checkpoints."""
 FEWEST = 16
 """Losses before which nothing is judged; of so many the median is what is usual."""
 NORMAL = 1.4826 / math.sqrt(2)
@@ -75,14 +77,24 @@ class SpikeGuard:
 
 @dataclass(frozen=True)
 class Ledger:
-    """Samples that a run leaves out: runs of ordinals [first, last), each a whole batch of the plan at that time."""
+    """Samples that a run leaves out: runs of ordinals [first, last), which ``batches`` of it would have held."""
 
     holes: tuple[tuple[int, int], ...] = ()
+    batches: int = 0
 
     @classmethod
-    def of(cls, *sources: Sequence[Sequence[int]]) -> "Ledger":
-        """All holes of several lists."""
-        return cls(tuple(sorted({(int(first), int(last)) for source in sources for first, last in source})))
+    def of(cls, holes: Sequence[Sequence[int]], batches: int) -> "Ledger":
+        """In order."""
+        return cls(tuple(sorted({(int(first), int(last)) for first, last in holes})), int(batches))
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> "Ledger":
+        """What a checkpoint's state says, or none."""
+        return cls.of(state.get(HOLES, ()), state.get(BATCHES, 0))
+
+    def state(self) -> dict[str, Any]:
+        """For checkpoints and files, as JSON."""
+        return {HOLES: [list(hole) for hole in self.holes], BATCHES: self.batches}
 
     @classmethod
     def read(cls, out: Path) -> "Ledger":
@@ -91,7 +103,8 @@ class Ledger:
         if not path.exists():
             return cls()
         try:
-            return cls.of(json.loads(path.read_text(encoding="utf-8"))["samples"])
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return cls.of(found[HOLES], found[BATCHES])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} does not say which samples are left out ({type(error).__name__}: {error}); restore it, or "
@@ -100,10 +113,14 @@ class Ledger:
 
     def write(self, out: Path) -> None:
         """For whoever goes on in this folder."""
-        write_atomic(out / SKIPPED, (json.dumps({"samples": self.holes}) + "\n").encode())
+        write_atomic(out / SKIPPED, (json.dumps(self.state()) + "\n").encode())
 
-    def with_samples(self, ordinals: Sequence[int]) -> "Ledger":
-        """More of them, ascending."""
+    def joined(self, other: "Ledger") -> "Ledger":
+        """What either says."""
+        return Ledger.of((*self.holes, *other.holes), max(self.batches, other.batches))
+
+    def with_batch(self, ordinals: Sequence[int]) -> "Ledger":
+        """One batch more, of ascending ordinals."""
         starts = [each for each, before in zip(ordinals, [None, *ordinals]) if before is None or each != before + 1]
         ends = [each + 1 for each, after in zip(ordinals, [*ordinals[1:], None]) if after is None or after != each + 1]
-        return Ledger.of(self.holes, list(zip(starts, ends)))
+        return Ledger.of((*self.holes, *zip(starts, ends)), self.batches + 1)

@@ -1,13 +1,17 @@
 """Who holds up the others is named: rules with a clock of their own, and real connections."""
 
+import json
+import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
-from megacore.monitor.heartbeat import Beater, Finding, Limits, Listener, Pulse, Seen, late, silent
+from megacore.monitor.heartbeat import Beater, Finding, Limits, Listener, Pulse, Seen, late, silent, understood
 
+TOKEN = "a secret"
 LIMITS = Limits(silent_s=8.0, abort_s=60.0, step_s=600.0)
 
 
@@ -56,10 +60,11 @@ def test_beats_over_the_wire() -> None:
     """Rank 1 stops beating without a goodbye; rank 2 says it. The others' stacks are asked for."""
     found: list[tuple[Finding, str]] = []
     limits = Limits(silent_s=2.5)
-    listener = Listener(limits, lambda *each: found.append(each))
+    listener = Listener(limits, lambda *each: found.append(each), 3, TOKEN)
     pulses = [Pulse(step, "step", lambda: (5, "all_gather over tp")) for step in range(3)]
     ranks = [
-        Beater(i, pulse, ("127.0.0.1", listener.port), limits, lambda *_: None, 0) for i, pulse in enumerate(pulses)
+        Beater(i, pulse, ("127.0.0.1", listener.port), TOKEN, limits, lambda *_: None, 0)
+        for i, pulse in enumerate(pulses)
     ]
     until(lambda: len(listener.seen) == 3)
     assert listener.seen[2].beat["step"] == 2
@@ -73,15 +78,62 @@ def test_beats_over_the_wire() -> None:
     listener.close()
 
 
-def test_rank_0_is_watched_by_the_others() -> None:
+def test_rank_0_is_watched_by_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Finding] = []
-    listener = Listener(Limits(), lambda *_: None)
+    listener = Listener(Limits(), lambda *_: None, 2, TOKEN)
     beater = Beater(
-        1, Pulse(5), ("127.0.0.1", listener.port), Limits(silent_s=1.5), lambda each, _: found.append(each), 0
+        1, Pulse(5), ("127.0.0.1", listener.port), TOKEN, Limits(silent_s=1.5), lambda each, _: found.append(each), 0
     )
     until(lambda: len(listener.seen) == 1)
-    listener.ended = True  # it no longer answers
+    monkeypatch.setattr(Listener, "_answer", lambda *_: None)
     until(lambda: bool(found))
     assert found[0].rank == 0 and "This is rank 1, in start-up, step 5" in found[0].text
     beater.close()
+    listener.close()
+
+
+def test_a_connection_that_breaks_is_made_again() -> None:
+    found: list[Finding] = []
+    listener = Listener(Limits(silent_s=3.0), lambda each, _: found.append(each), 1, TOKEN)
+    beater = Beater(0, Pulse(5), ("127.0.0.1", listener.port), TOKEN, Limits(), lambda each, _: found.append(each), 0)
+    until(lambda: 0 in listener.seen)
+    beater.connection.shutdown(socket.SHUT_RDWR)
+    before = listener.seen[0].heard
+    until(lambda: listener.seen[0].heard > before + 1.0)
+    assert not found
+    beater.close()
+    listener.close()
+
+
+def beat(**changes: Any) -> bytes:
+    message = Pulse(3).as_beat(0) | {"host": "node3", "pid": 7, "token": TOKEN} | changes
+    return json.dumps({key: value for key, value in message.items() if value is not None}).encode()
+
+
+def test_who_is_none_of_ours_is_not_heard() -> None:
+    assert understood(beat(), TOKEN, 2) is not None and understood(beat(typical_s=1), TOKEN, 2) is not None
+    wrong = (
+        {"token": "x"},
+        {"rank": 2},
+        {"rank": -1},
+        {"rank": True},
+        {"typical_s": "a"},
+        {"host": None},
+        {"stack": 1},
+    )
+    assert not any(understood(beat(**each), TOKEN, 2) for each in wrong)
+    assert not any(understood(line, TOKEN, 2) for line in (b"", b"5", b"GET / HTTP/1.1", b"[]", b"[" * 100_000))
+
+
+def test_hostile_bytes_end_a_connection_and_nothing_else() -> None:
+    listener = Listener(Limits(), lambda *_: None, 1, TOKEN)
+    for data in (b"GET / HTTP/1.1\r\n\r\n", beat(rank=9999) + b"\n", b"x" * (1 << 17)):
+        with socket.create_connection(("127.0.0.1", listener.port)) as connection:
+            with suppress(OSError):
+                connection.sendall(data)
+            connection.settimeout(10)
+            with suppress(ConnectionResetError):
+                while connection.recv(4096):
+                    pass
+    assert listener.thread.is_alive() and not listener.seen
     listener.close()

@@ -46,17 +46,18 @@ def test_too_few_losses_judge_nothing() -> None:
 
 
 def test_holes_move_what_comes_after() -> None:
-    ledger = Ledger().with_samples([8, 9, 10, 11])
+    ledger = Ledger().with_batch([8, 9, 10, 11])
     assert place(np.arange(12), ledger.holes).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 12, 13, 14, 15]
-    ledger = ledger.with_samples(place(np.arange(6, 10), ledger.holes).tolist())  # 6 7 12 13, around the first one
-    assert ledger.holes == ((6, 8), (8, 12), (12, 14))
+    ledger = ledger.with_batch(place(np.arange(6, 10), ledger.holes).tolist())  # 6 7 12 13, around the first one
+    assert ledger.holes == ((6, 8), (8, 12), (12, 14)) and ledger.batches == 2
     assert place(np.arange(8), ledger.holes).tolist() == [0, 1, 2, 3, 4, 5, 14, 15]
 
 
 def test_a_damaged_ledger_is_refused(tmp_path: Path) -> None:
     assert Ledger.read(tmp_path) == Ledger()
-    Ledger(((3, 5),)).write(tmp_path)
-    assert Ledger.read(tmp_path) == Ledger(((3, 5),))
+    Ledger(((3, 5),), 1).write(tmp_path)
+    assert Ledger.read(tmp_path) == Ledger(((3, 5),), 1)
+    assert Ledger(((3, 5),), 1).joined(Ledger(((3, 5), (7, 9)), 2)) == Ledger(((3, 5), (7, 9)), 2)
     (tmp_path / SKIPPED).write_text('{"samples": 3')
     with pytest.raises(ValueError, match="restore it, or remove it"):
         Ledger.read(tmp_path)
@@ -88,12 +89,15 @@ def test_back_before_a_spike(letters: str, tmp_path: Path, monkeypatch: pytest.M
     assert main(words) == 0
     (rewind,) = events(tmp_path / "run", "rewind")
     assert (rewind["step"], rewind["to_step"], rewind["samples"]) == (23, 20, [176, 184])
-    assert json.loads((tmp_path / "run" / SKIPPED).read_text()) == {"samples": [[176, 184]]}
+    assert json.loads((tmp_path / "run" / SKIPPED).read_text()) == {
+        "skipped_samples": [[176, 184]],
+        "skipped_batches": 1,
+    }
     assert [each["step"] for each in figures(tmp_path / "run")] == list(range(1, 31))
     assert max(each["loss"] for each in figures(tmp_path / "run")[15:]) < figures(tmp_path / "run")[0]["loss"]
     without = tmp_path / "without"
     without.mkdir()
-    monkeypatch.setattr("megacore.train.loop.ledger_of", lambda out, resumed: Ledger(((176, 184),)))
+    monkeypatch.setattr("megacore.train.loop.ledger_of", lambda *_: Ledger(((176, 184),), 1))
     assert main(words_of(letters, without, *LONG)) == 0
     assert figures(without) == figures(tmp_path / "run")
     assert last_state(without, 30) == last_state(tmp_path / "run", 30)

@@ -134,7 +134,7 @@ def test_a_folder_that_cannot_be_written(letters: str, tmp_path: Path, capsys: p
 
 def test_a_run_that_has_come_to_nothing_is_saved(letters: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its validation loss is no number, which JSON has not."""
-    monkeypatch.setattr(Loop, "evaluate", lambda loop: torch.tensor(torch.nan))
+    monkeypatch.setattr(Loop, "evaluate", lambda loop, hurries: torch.tensor(torch.nan))
     more = ("checkpoint.keep_best=1",)
     assert main(words_of(letters, tmp_path, *more)) == 0
     assert [event["step"] for event in events(tmp_path, "save")] == [2, 4, 6]
