@@ -41,18 +41,26 @@ class Counted:
     ) -> None:
         places = {spec.name: place for place, spec in enumerate(specs)}
         self.place_of_run = tuple(places[run.name] for run in runs)
-        self.parts = tuple(
-            Part(number, first - run.start, min(first + LONGEST, last) - run.start, place)
-            for number, (run, place) in enumerate(zip(runs, self.place_of_run))
-            if run.name not in copies
-            for start, stop in own_elements(specs[place], tp)
-            for last in [min(stop, run.stop)]
-            for first in range(max(start, run.start), last, LONGEST)
-        )
+
+        def parts_of(counted: bool) -> tuple[Part, ...]:
+            return tuple(
+                Part(number, first - run.start, min(first + LONGEST, last) - run.start, place)
+                for number, (run, place) in enumerate(zip(runs, self.place_of_run))
+                for start, stop, owned in elements(specs[place], tp)
+                if (owned and run.name not in copies) == counted
+                for last in [min(stop, run.stop)]
+                for first in range(max(start, run.start), last, LONGEST)
+            )
+
+        self.parts, self.others = parts_of(True), parts_of(False)
 
     def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The parts' views of one 1-D tensor per run."""
         return [tensors[part.run][part.start : part.stop] for part in self.parts]
+
+    def others_of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The same of all other elements: copies that count elsewhere."""
+        return [tensors[part.run][part.start : part.stop] for part in self.others]
 
     @property
     def numel(self) -> int:
@@ -60,17 +68,15 @@ class Counted:
         return sum(part.stop - part.start for part in self.parts)
 
 
-def own_elements(spec: ParamSpec, tp: Group) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the elements of the local tensor, flattened row-major, that this rank counts.
+def elements(spec: ParamSpec, tp: Group) -> Iterator[tuple[int, int, bool]]:
+    """(start, stop, whether this rank counts them) of elements of the local tensor, flattened row-major.
 
     A segment (q, k, v) is a range of its own; where it is not the whole of an inner dim, each row is.
     """
     shape, dim = spec.local_shape(tp.rank, tp.size), spec.dim
     outer, width, inner = math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :])
     for piece in spec.pieces(tp.rank, tp.size):
-        if piece.copy:
-            continue
         whole = piece.size == width
         for row in range(1 if whole else outer):
             start = (row * width + piece.local) * inner
-            yield start, start + piece.size * inner * (outer if whole else 1)
+            yield start, start + piece.size * inner * (outer if whole else 1), not piece.copy

@@ -48,6 +48,9 @@ class GlobalNorm:
     def squares(self, grads: Sequence[Tensor]) -> Tensor:
         """The squared norm of every parameter's gradient [num_params], float64 on the device, equal on all ranks."""
         squares = self.sums(self.counted.of(grads), self.places, self.num_params)
+        others = self.counted.others_of(grads)
+        if others:  # these add nothing, but NaN where a copy here is no number and the one that counts is
+            squares += self.kernel(others).to(squares).sum() * 0.0
         return all_reduce(all_reduce(squares, self.mesh.model), self.shards)
 
     def sums(self, tensors: Sequence[Tensor], places: Tensor, size: int) -> Tensor:
