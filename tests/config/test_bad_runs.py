@@ -1,6 +1,9 @@
 """200 bad runs, made at random from a good one: each gives exit code 2 and a message that names the key."""
 
 import random
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -66,3 +69,26 @@ def test_a_bad_run_gives_exit_code_2_and_names_the_key(seed, capsys):
     (line,) = shown.err.splitlines()
     assert line.startswith("megacore: ")
     assert named in line
+
+
+def test_training_refuses_all_of_them_before_anything_starts(capsys, tmp_path):
+    """Each in a fraction of the three seconds, by the very command that would train."""
+    for seed in range(NUM_RUNS):
+        override, named = bad_override(random.Random(seed))
+        began = time.monotonic()
+        out = tmp_path / str(seed)
+        code = run("megacore.launch.train", ["--preset", "llama3-8b", f"out={out}", override])
+        shown = capsys.readouterr()
+        assert (code, shown.out) == (2, ""), override
+        assert "Traceback" not in shown.err and named in shown.err and shown.err.startswith("megacore: ")
+        assert time.monotonic() - began < 3 and not out.exists()
+
+
+def test_a_process_that_is_asked_to_train_a_bad_run_does_not_load_torch():
+    command = [sys.executable, "-X", "importtime", "-m", "megacore", "train", "--preset", "llama3-8b"]
+    began = time.monotonic()
+    done = subprocess.run([*command, "model.num_layers=many"], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2 and time.monotonic() - began < 3
+    assert "model.num_layers=many must be an integer" in done.stderr
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "megacore.config.load" in loaded and "torch" not in loaded
