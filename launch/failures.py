@@ -18,6 +18,13 @@ _ABOUT_A_PEER = re.compile(
     r"|wait timeout|Socket Timeout|connectFullMesh|PeerFailed|NCCL communicator was aborted"
 )
 
+_OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|MemoryError|out of memory|can't allocate memory|Cannot allocate memory")
+REMEDIES = (
+    "Memory ran out. What helps, in this order: precision.dtype=bf16; parallel.recompute=full; a smaller "
+    "train.micro_batch_size; parallel.zero=1, 2 or 3; more tp or pp; optim.offload=cpu and parallel.recompute=offload. "
+    "`megacore train ... --dry-run` says what each rank needs, before it starts."
+)
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -35,6 +42,8 @@ class Failure:
     def of_exception(cls, rank: int, error: BaseException) -> "Failure":
         """A rank that raised. Our own ValueErrors are the user's to mend (megacore/exits.py has the rule)."""
         title, message = type(error).__name__, str(error)
+        if _OUT_OF_MEMORY.search(f"{title}: {message}"):
+            message = f"{message}\n{REMEDIES}"
         frames = traceback.extract_tb(error.__traceback__)[1:][-MAX_FRAMES:]  # the first is the worker's own
         return cls(
             rank,

@@ -147,7 +147,7 @@ FAULTS = MappingProxyType(
             "mesh/test_process_group.py::test_a_port_in_use_is_the_users_to_change",
             "open: another port is not tried, and a timeout does not name the peer that is missing",
         ),
-        "out of memory": ("open: no remedies are named, and no test limits the memory of a run",),
+        "out of memory": ("launch/test_processes.py::test_a_rank_that_runs_out_of_memory_is_told_what_helps",),
         "restart loop": ("launch/test_restarts.py::test_a_fault_that_comes_back_ends_the_run",),
         "hostile checkpoint, config, tokenizer": (
             "checkpoint/test_hostile.py::test_a_manifest_that_lies",

@@ -28,7 +28,7 @@ BEAT_S = 1.0
 SLOW = 10.0
 STOPPED_S = 4 * BEAT_S
 """What takes so much longer than it should have was stopped with its whole process."""
-STACK_FRAMES = 12
+STACK_FRAMES = 24
 LONGEST_LINE = 1 << 16
 """Bytes of a message; longer ones are none of ours."""
 BEAT_TYPES = MappingProxyType(

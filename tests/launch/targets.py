@@ -1,6 +1,7 @@
 """What the ranks of the launcher's tests do."""
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -96,3 +97,13 @@ def fail_inside_a_schedule(info: RankInfo, folder: str, dies: bool) -> None:
         built.stages[1].register_forward_pre_hook(fail)
     step_of(built, 2)
     Path(folder, f"ended{info.rank}").touch()
+
+
+def need_too_much(info: RankInfo) -> None:
+    """One rank may have so much memory, and asks for more than that."""
+    group = meet(info)
+    if info.rank == 1:
+        limit = 8 << 30
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        torch.empty(2 * limit, dtype=torch.uint8).fill_(1)
+    all_reduce(torch.zeros(1), group)

@@ -53,6 +53,13 @@ def test_no_rank_is_an_error() -> None:
         run_local(f"{TARGETS}:leave_with", (), 0)
 
 
+def test_a_rank_that_runs_out_of_memory_is_told_what_helps(screen: Screen) -> None:
+    assert run("need_too_much", 2, screen) == 1
+    text = " ".join(line.strip("│ ") for line in screen.text.splitlines())
+    assert "rank 1 of 2 failed" in text and "allocate memory" in text
+    assert "in this order: precision.dtype=bf16; parallel.recompute=full" in " ".join(text.split())
+
+
 @pytest.mark.parametrize("seconds", [0.0, 0.3])
 def test_a_rank_that_raises_ends_all_with_its_cause(screen: Screen, seconds: float) -> None:
     assert run("raise_on_one", 3, screen, seconds) == 1
