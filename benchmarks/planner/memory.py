@@ -99,13 +99,24 @@ KEYS = MappingProxyType(
         "parallel.dp": "dp",
     }
 )
-PRESETS = MappingProxyType({"Moonlight-16B-A3B": "moonlight-16b-a3b", "Qwen3-30B-A3B": "qwen3-30b-a3b"})
+PRESETS = MappingProxyType(
+    {
+        "Moonlight-16B-A3B": "moonlight-16b-a3b",
+        "Qwen3-30B-A3B": "qwen3-30b-a3b",
+        "Qwen3-235B-A22B": "qwen3-235b-a22b",
+        "DeepSeek-V3": "deepseek-v3",
+    }
+)
 LATENT = ("model.kv_lora_rank=512", "model.q_lora_rank=1536", "model.num_dense_layers=1")
 SHAPES = MappingProxyType(  # what rows do not say of published models
     {
         "InternLM-20B": (
             "model.num_layers=60", "model.hidden_size=5120", "model.num_heads=40", "model.ffn_hidden_size=13824",
             "model.vocab_size=103168",
+        ),
+        "GPT-OSS-120B": (  # every second layer sees 128 tokens
+            "model.activation=swiglu", "model.position=rope", "model.norm=rmsnorm", "model.sliding_window=128",
+            "model.full_attention_every=2", "model.tie_embeddings=false",
         ),
         "deepseekv2-l4": (*LATENT, "model.num_shared_experts=2", "model.ffn_hidden_size=12288"),
         "deepseekv3-l4": (*LATENT, "model.num_shared_experts=1", "model.ffn_hidden_size=18432"),
