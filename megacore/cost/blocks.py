@@ -22,8 +22,12 @@ BACKWARD_TRAFFIC = 1.6
 """What memory-bound operations move in backward, to their forward."""
 
 
-MIXTURE_LAUNCHES = 2.5
-"""Kernels of a block with experts, which sorts tokens and sends them, to those of a dense one."""
+MIXTURE_LAUNCHES = 300.0
+"""What routing, sorting, sending and gathering tokens takes the host in a forward, in launches: sizes are known only
+while it runs, so that no graph holds it, and the host waits for them."""
+EXPERT_LAUNCHES = 50.0
+"""Likewise for each expert that a rank has: its products, and what prepares them. Both were set by published steps of
+mixtures, most of them Megatron's."""
 
 
 class Parts(NamedTuple):
@@ -94,7 +98,7 @@ def block_work(model: ModelConfig, layer: int, share: Share) -> Work:
     tp, cp, ep = _collectives(model, mixture, share)
     hide_tp, hide_ep = share.practice.overlap_tp, share.practice.overlap_ep
     ring = max(0.0, cp - core)
-    launches = MIXTURE_LAUNCHES if mixture else 1.0
+    launches = share.practice.launches + (_mixture_launches(model, share) if mixture else 0.0)
     forward = _with_host(
         Parts(
             products=sum(each[0] for each in products),
@@ -137,9 +141,14 @@ def block_work(model: ModelConfig, layer: int, share: Share) -> Work:
 def _with_host(parts: Parts, share: Share, launches: float) -> Parts:
     """The device waits where the host launches slower than it computes."""
     practice = share.practice
-    host = launches * practice.launches * practice.host_share * share.device.machine.reached.host_us * 1e-6
+    host = launches * practice.host_share * share.device.machine.reached.host_us * 1e-6
     own = parts.seconds - parts.recompute
     return parts._replace(host=max(0.0, host - own))
+
+
+def _mixture_launches(model: ModelConfig, share: Share) -> float:
+    """Those of a forward's routing and of a rank's own experts."""
+    return MIXTURE_LAUNCHES + EXPERT_LAUNCHES * max(1.0, model.num_experts / share.ep)
 
 
 def _again(forward: Parts, core: float, share: Share) -> Parts:
