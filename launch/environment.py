@@ -36,6 +36,12 @@ def settings_for(config: RunConfig, capability: Capability | None) -> tuple[Sett
     found: list[Setting] = []
     if config.log.profile:
         found.append(Setting("KINETO_LOG_LEVEL", "6", "the profiler's own chatter stays off the console"))
+    if config.log.mlflow:
+        found.append(Setting("MLFLOW_DISABLE_TELEMETRY", "true", "MLflow sends figures of its own use nowhere"))
+        if not config.log.mlflow_uri:
+            found.append(
+                Setting("MLFLOW_ALLOW_FILE_STORE", "true", "newer versions of MLflow ask before they use files")
+            )
     if capability is None or config.train.device == "cpu":
         return tuple(found)
     found.append(

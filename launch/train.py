@@ -25,6 +25,7 @@ from megacore.launch.restarts import MAX_RESTARTS, with_restarts
 from megacore.launch.terminal import colour_wanted, page_width
 from megacore.launch.worker import call, end_with_node
 from megacore.mesh.rank_info import RankInfo
+from megacore.monitor.packages import check_packages
 from megacore.spec import ModelSpec
 from megacore.spec.settings import settings_of
 
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
             print(show(config, world_size, args), end="")
         return 0
+    check_packages(config)
     colour, width = colour_wanted(sys.stdout), page_width()
     remarks = lines_of(prepare(config, os.environ, capability_here()))  # before anything brings torch
     if info is None:

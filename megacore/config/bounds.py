@@ -116,6 +116,7 @@ BOUNDS: Mapping[str, Bound] = MappingProxyType(
                 "log.statistics_every",
                 "log.timeline_step",
                 "log.communication",
+                "log.gpu_every",
                 "guard.step_limit_s",
                 "guard.max_rewinds",
                 "guard.replicas_every",
@@ -140,6 +141,7 @@ BOUNDS: Mapping[str, Bound] = MappingProxyType(
             POSITIVE,
         ),
         **dict.fromkeys(("data.fim_rate", "data.fim_spm_rate"), SHARE),
+        "log.prometheus_port": Bound(0, 65535),
         **dict.fromkeys(
             (
                 "model.dropout",

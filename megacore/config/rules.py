@@ -18,7 +18,7 @@ from megacore.config.pipeline import cut_problem, num_chunks, schedule_problems
 from megacore.config.resolve import resolve_model, rotary_dims
 from megacore.config.schema import ModelConfig, RunConfig
 from megacore.config.settings import setting_problems
-from megacore.config.watching import guard_problems, watching_problems
+from megacore.config.watching import alert_problems, guard_problems, watching_problems
 
 BLOCK = 64
 """Elements of a moment in 8 bits that share a scale: ``optim.quantise.BLOCK``."""
@@ -364,6 +364,7 @@ def _log(config: RunConfig, world_size: int | None) -> Iterator[str]:
 def _watching(config: RunConfig, world_size: int | None) -> Iterator[str]:
     yield from watching_problems(config, world_size)
     yield from guard_problems(config)
+    yield from alert_problems(config)
 
 
 def _checkpoint(config: RunConfig, world_size: int | None) -> Iterator[str]:

@@ -10,6 +10,7 @@ of its own, -1 means that.
 from dataclasses import dataclass, field
 from typing import Any
 
+from megacore.config.alerts import DEFAULTS as ALERTS
 from megacore.config.optimizers import optimizer_names
 
 OWN_SCHEDULE = ".txt"
@@ -311,6 +312,22 @@ class LogConfig:
     console_every: int = key(0, "steps between metric lines on the console; 0: as `every`")
     tensorboard: bool = key(False, "also write TensorBoard events")
     wandb: bool = key(False, "also log to Weights & Biases")
+    wandb_mode: str = key(
+        "offline", "offline: files in out/wandb, for `wandb sync`; online: sent at once", ("offline", "online")
+    )
+    mlflow: bool = key(False, "also log to MLflow")
+    mlflow_uri: str = key("", "MLflow's server or store; empty: files in out/mlruns")
+    project: str = key("megacore", "W&B's project and MLflow's experiment")
+    prometheus_port: int = key(0, "port where rank 0 serves /metrics to Prometheus; 0: none")
+    prometheus_file: bool = key(False, "also write out/metrics.prom, for node_exporter's textfile collector")
+    gpu_every: float = key(
+        5.0, "seconds between samples of every rank's GPU (utilization, power, heat, clocks); 0: never"
+    )
+    alerts: tuple[str, ...] = key(
+        ALERTS, 'rules that are told once when they begin to hold, as ["loss > 1.5 * mean(loss, 50)", "event hang"]'
+    )
+    alert_webhook: str = key("", "URL that alerts are sent to as JSON, by POST")
+    alert_command: str = key("", "command that is run for each alert, with the JSON on its stdin")
     sample_every: int = key(0, "steps between sampled texts; 0: never")
     sample_prompts: tuple[str, ...] = key((), "prompts to continue")
     sample_tokens: int = key(48, "tokens per sampled text")

@@ -19,7 +19,6 @@ WORKS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "model.kv_lora_rank": (0,),
         "parallel.cp": (1,),
         "parallel.ep": (1,),
-        "log.wandb": (False,),
     }
 )
 

@@ -1,7 +1,10 @@
 """Rules of what looks on while steps are taken: profiles, ranges, logs of communication, guards."""
 
+import shlex
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
+from megacore.config.alerts import rule_problems
 from megacore.config.schema import RunConfig
 
 
@@ -44,3 +47,25 @@ def guard_problems(config: RunConfig) -> Iterator[str]:
             f"guard.abort_s={guard.abort_s:g} ends the ranks before a silent one is named, guard.silent_s="
             f"{guard.silent_s:g}; raise it"
         )
+
+
+def alert_problems(config: RunConfig) -> Iterator[str]:
+    """A line for each rule that is none, and each place that alerts cannot be sent to."""
+    log = config.log
+    yield from rule_problems(log.alerts)
+    try:
+        parts = urlsplit(log.alert_webhook)
+        legal = not log.alert_webhook or (parts.scheme in ("http", "https") and bool(parts.hostname))
+    except ValueError:
+        legal = False
+    if not legal:
+        yield f"log.alert_webhook={log.alert_webhook} must be a URL that begins with https:// or http://"
+    try:
+        words = shlex.split(log.alert_command)
+    except ValueError as error:
+        yield f"log.alert_command={log.alert_command} is no command line ({error}); close its quotation marks"
+    else:
+        if log.alert_command and not words:
+            yield f"log.alert_command={log.alert_command!r} names no command; leave it out"
+    if (log.wandb or log.mlflow) and not log.project:
+        yield 'log.project="" must be the name of a project; leave it out for megacore'

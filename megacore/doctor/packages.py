@@ -15,6 +15,8 @@ EXTRAS = MappingProxyType(
     {
         "matplotlib": ("plots", "no pictures of curves and schedules"),
         "tensorboard": ("monitor", "log.tensorboard cannot be set"),
+        "wandb": ("wandb", "log.wandb cannot be set"),
+        "mlflow-skinny": ("mlflow", "log.mlflow cannot be set"),
         "nvidia-ml-py": ("monitor", "no figures of GPUs in metrics and alerts"),
         "tokenizers": ("data", "no tokenizers of Hugging Face"),
         "tiktoken": ("data", "no tokenizers of tiktoken"),

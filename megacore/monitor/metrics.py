@@ -1,6 +1,7 @@
 """The figures of a step: their record in metrics.jsonl, the one line that people read, and the run's events."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ class StepMetrics:
     the peak, 0 to 1, None where the peak is unknown. memory_gb: peak, 1e9 bytes. skipped: an
     update since the last record was left out because the gradient was not finite. val_loss: only where evaluated.
     statistics: norms by part of the model, fractions and, with FP8, its signal-to-noise ratios in dB by layer and
-    product, only where they are due (see optim.statistics and parallel.fp8).
+    product, only where they are due (see optim.statistics and parallel.fp8). gpu: what the ranks' GPUs did (see
+    monitor.gpus), only where there are some.
     """
 
     step: int
@@ -34,11 +36,12 @@ class StepMetrics:
     skipped: bool = False
     val_loss: float | None = None
     statistics: dict[str, Any] | None = None
+    gpu: dict[str, Any] | None = None
 
     def record(self) -> dict[str, Any]:
-        """The object for metrics.jsonl: unknown values are null, val_loss and statistics stand only where there are."""
+        """The object for metrics.jsonl: unknown values are null; val_loss, statistics and gpu stand where known."""
         record = asdict(self)
-        for name in ("val_loss", "statistics"):
+        for name in ("val_loss", "statistics", "gpu"):
             if record[name] is None:
                 del record[name]
         return record
@@ -64,10 +67,14 @@ class EventsWriter:
 
     def __init__(self, out: Path) -> None:
         self._lines = JsonLines(out / EVENTS)
+        self.listeners: list[Callable[[str, dict[str, Any]], None]] = []
+        """Called with each event's name and details, after it is written."""
 
     def write(self, event: str, **details: Any) -> None:
         """Appends {"time": seconds since 1970, "event": event, **details}."""
         self._lines.append({"time": time.time(), "event": event, **details})
+        for listen in self.listeners:
+            listen(event, details)
 
     def close(self) -> None:
         """Closes the file."""

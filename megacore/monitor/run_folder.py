@@ -14,10 +14,18 @@ PROFILE = "profile"
 COMMUNICATION = "communication"
 PREVIOUS = "previous"
 SKIPPED = "skipped.json"
+TRACKERS = "trackers.json"
+"""The run's ids in trackers that know many runs."""
+WANDB = "wandb"
+PROMETHEUS = "metrics.prom"
+REPORT = "report.html"
 STOP, SAVE = "STOP", "SAVE"
 """Files that a person or a script makes in the folder of a run that is going on: it saves and stops, or saves."""
 
-RUN_FILES = (METRICS, EVENTS, LOG, CONFIG, TIMELINE, TENSORBOARD, PROFILE, COMMUNICATION, SKIPPED)
+RUN_FILES = (
+    *(METRICS, EVENTS, LOG, CONFIG, TIMELINE, TENSORBOARD, PROFILE, COMMUNICATION, SKIPPED),
+    *(TRACKERS, WANDB, PROMETHEUS, REPORT),
+)
 PICTURES = ("*.png", "*.svg")
 
 

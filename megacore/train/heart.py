@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 
 from megacore.config.schema import RunConfig
@@ -31,6 +32,8 @@ class Heart:
         self.beater: Beater | None = None
         self.took: deque[float] = deque(maxlen=REMEMBERED)
         self.began: float | None = None
+        self.events: EventsWriter | None = None
+        """Where findings are written, while the run's own writer is open: those who listen to it hear of them."""
         guard = config.guard
         if mesh.world.size == 1 or not guard.heartbeat:
             return
@@ -84,7 +87,11 @@ class Heart:
     def tell(self, finding: Finding, stacks: str) -> None:
         """Say who holds up the others, on the terminal and in events.jsonl. (Called from a thread.)"""
         sys.stderr.write(f"megacore: {finding.text}\n{stacks}")
-        if (self.out / EVENTS).exists():
+        facts = {"kind": finding.kind, "rank": finding.rank, "seconds": finding.seconds, "text": finding.text}
+        if (events := self.events) is not None:
+            with suppress(ValueError):  # closed this very moment: the run has ended
+                events.write("hang", **facts)
+        elif (self.out / EVENTS).exists():
             events = EventsWriter(self.out)
-            events.write("hang", kind=finding.kind, rank=finding.rank, seconds=finding.seconds, text=finding.text)
+            events.write("hang", **facts)
             events.close()

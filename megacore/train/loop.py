@@ -95,6 +95,7 @@ def live(
     watching = Watching(built)
     reporter = speak(config, mesh, resumed=resumed)
     guards = Guards(built, data, keeper, reporter, ledger, {} if resumed is None else resumed.state)
+    heart.events = None if reporter.files is None else reporter.files.events
     try:
         reporter.start(built, data, phases, weights, remarks)
         return Loop(built, data, reporter, keeper, wishes, watching, heart, guards).run(start[0])
@@ -102,6 +103,7 @@ def live(
         reporter.fault(error)
         raise
     finally:
+        heart.events = None
         watching.close()
         keeper.close()
         reporter.close()

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from megacore import __version__
 from megacore.config.schema import RunConfig
@@ -22,7 +21,7 @@ from megacore.cost.plot.picture import save_picture
 from megacore.cost.simulate import Durations, simulate
 from megacore.cost.timeline import Timeline
 from megacore.cost.trace import write_trace
-from megacore.mesh.collectives import agree, all_reduce
+from megacore.mesh.collectives import agree
 from megacore.mesh.mesh import ParallelMesh
 from megacore.monitor.console import (
     Console,
@@ -36,13 +35,13 @@ from megacore.monitor.console import (
 )
 from megacore.monitor.goodput import goodput_of
 from megacore.monitor.jsonl import drop_lines, read_json_lines
-from megacore.monitor.memory import peak_memory_gb
 from megacore.monitor.metrics import EventsWriter, MetricsWriter, StepMetrics, format_line
 from megacore.monitor.run_folder import CONFIG, LOG, METRICS, TIMELINE, TIMELINE_PICTURE, archive_previous_run
-from megacore.monitor.trackers import Tracker, open_trackers
 from megacore.spec.flops import train_flops_per_token
+from megacore.train.devices import Devices
 from megacore.train.meter import Meter, Skips, Span
 from megacore.train.overview import overview
+from megacore.train.watchers import Watchers
 
 if TYPE_CHECKING:
     from megacore.checkpoint.save import Outcome
@@ -64,7 +63,7 @@ class Files:
     console: Console
     metrics: MetricsWriter
     events: EventsWriter
-    trackers: Sequence[Tracker]
+    watchers: Watchers
     last_step: int = 0
     """The last one that the life before this one has written down."""
 
@@ -81,7 +80,7 @@ class Reporter:
         first_step = 1 if resumed is None else resumed.step + 1
         self.recorded, self.shown, self.warned = Meter(first_step), Meter(first_step), False
         self.skips = Skips(mesh.device, int(state.get("skipped", 0)))
-        self.most_memory_gb: Tensor | None = None
+        self.devices = Devices(mesh, config.log.gpu_every)
         self.began = time.perf_counter()
         self.samples_of: Callable[[int], int] = lambda step: 0
         """Of the first so many steps."""
@@ -123,6 +122,8 @@ class Reporter:
         console.line()
         for line in phase_lines(phases, console.paint):
             console.line(line)
+        if self.devices.reason:
+            console.line(f"warning  no figures of GPUs: {self.devices.reason}")
         console.line()
         self.files.events.write(
             "start",
@@ -202,13 +203,13 @@ class Reporter:
 
     def step(self, late: Late) -> None:
         """Record a step, and show it, if that is due. All ranks call it; reading the figures waits for the device."""
-        if self.most_memory_gb is None:
-            self.most_memory_gb = most_memory_gb(self.mesh)
+        if not self.devices.asked:
+            self.devices.ask()
         if self.files is not None:
             self.tell(late, self.files)
         # asked for when the host has given the device all of that step, and read a step later, it is there by then
         if self.is_due(late.step + 1):
-            self.most_memory_gb = most_memory_gb(self.mesh)
+            self.devices.ask()
 
     def is_due(self, step: int) -> bool:
         """Whether a step's figures are to be written or shown."""
@@ -236,8 +237,7 @@ class Reporter:
         span = self.recorded.read()
         metrics = self.figures(late, span)
         files.metrics.write(metrics)
-        for tracker in files.trackers:
-            tracker.log(metrics)
+        files.watchers.log(metrics, self.devices.headroom(metrics.memory_gb))
         if not span.num_skipped:
             return
         files.events.write(
@@ -258,9 +258,9 @@ class Reporter:
     def figures(self, late: Late, span: Span) -> StepMetrics:
         """The figures of a step; rates are averages over the steps that the line stands for, and of the whole world per
         device."""
-        assert self.most_memory_gb is not None
         c, device = self.config, self.mesh.device
         tflops = span.tokens_per_s * self.flops_per_token / self.mesh.layout.world / 1e12
+        memory_gb, gpu = self.devices.read(span.tokens_per_s)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         return StepMetrics(
             step=late.step,
@@ -272,10 +272,11 @@ class Reporter:
             step_time_s=span.step_time_s,
             tflops_per_device=tflops,
             mfu=model_flops_utilization(tflops, name, c.precision.dtype),
-            memory_gb=self.most_memory_gb.item(),
+            memory_gb=memory_gb,
             skipped=span.num_skipped > 0,
             val_loss=None if late.val_loss is None else late.val_loss.item(),
             statistics=late.result.figures(),
+            gpu=gpu,
         )
 
     def sample(self, step: int, prompt: str, text: str) -> None:
@@ -289,8 +290,7 @@ class Reporter:
             f"{console.paint('sample', 'cyan')}  {console.paint(prompt, 'bold')}{text[:1].isspace() * ' '}{shown}"
         )
         self.files.events.write("sample", step=step, prompt=prompt, text=text)
-        for tracker in self.files.trackers:
-            tracker.text("samples", prompt + text, step)
+        self.files.watchers.text("samples", prompt + text, step)
 
     def timeline(self, step: int, measured: Timeline) -> None:
         """Keep when a step's instructions ran, as a trace and as a picture below what was to be expected of them."""
@@ -377,21 +377,13 @@ class Reporter:
 
     def close(self) -> None:
         """Let go of all files."""
+        self.devices.close()
         if self.files is None:
             return
+        self.files.watchers.close()  # first: what they could not pass on is told
         self.files.console.close()
         self.files.metrics.close()
         self.files.events.close()
-        for tracker in self.files.trackers:
-            tracker.close()
-
-
-def most_memory_gb(mesh: ParallelMesh) -> Tensor:
-    """The peak of the rank that has needed most so far, a scalar on the device. All ranks call it; none waits."""
-    device = mesh.device
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    own = torch.full((), peak_memory_gb(peak), dtype=torch.float64, device=device)
-    return all_reduce(own, mesh.world, "max")
 
 
 def open_files(config: RunConfig, colour: bool, width: int, resumed: Resumed | None = None) -> Files:
@@ -413,5 +405,7 @@ def open_files(config: RunConfig, colour: bool, width: int, resumed: Resumed | N
     if moved is not None:
         console.line(f"an earlier run was in {out}: it now lies in {moved}")
     (out / CONFIG).write_text(to_toml(config), encoding="utf-8")
-    trackers = open_trackers(out, config.log.tensorboard, config.log.wandb)
-    return Files(console, MetricsWriter(out), EventsWriter(out), trackers, last_step)
+    events = EventsWriter(out)
+    first_step = resumed.step + 1 if resumed is not None and goes_on else None
+    watchers = Watchers(config, console, events, first_step)
+    return Files(console, MetricsWriter(out), events, watchers, last_step)

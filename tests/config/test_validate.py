@@ -264,11 +264,11 @@ def test_missing_shape_is_told():
 
 
 def test_rules_of_all_sections_are_told_at_once():
-    overrides = ["parallel.tp=3", "optim.lr=-1", "data.split=0,2", "train.batch_ramp=1", "log.wandb=true"]
+    overrides = ["parallel.tp=3", "optim.lr=-1", "data.split=0,2", "train.batch_ramp=1", "model.top_k=2"]
     with pytest.raises(ConfigError) as raised:
         check(load(None, overrides, "llama3-8b"), 3)
     told = str(raised.value)
-    for words in ("parallel.tp=3", "optim.lr=-1.0", "data.split", "train.batch_ramp", "log.wandb=true"):
+    for words in ("parallel.tp=3", "optim.lr=-1.0", "data.split", "train.batch_ramp", "model.top_k=2"):
         assert words in told
 
 
@@ -339,7 +339,6 @@ REFUSED = {
     "model.kv_lora_rank": 512,
     "parallel.cp": 2,
     "parallel.ep": 2,
-    "log.wandb": True,
 }
 
 

@@ -120,3 +120,10 @@ def test_what_is_set_is_there_before_ranks_start(monkeypatch: pytest.MonkeyPatch
     assert train.main(["--preset", "demo"]) == 0
     assert seen["environment"][CONNECTIONS] == "1"  # type: ignore[index]
     assert seen["remarks"] == lines_of(environment.settings_for(run_of(2, "parallel.tp=2"), HOPPER))
+
+
+def test_mlflow_is_let_use_files_where_there_is_no_server() -> None:
+    files = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ALLOW_FILE_STORE": "true"}
+    assert values(run_of(1, "log.mlflow=true"), None) == files
+    served = values(run_of(1, "log.mlflow=true", "log.mlflow_uri=http://host:5000"), None)
+    assert served == {"MLFLOW_DISABLE_TELEMETRY": "true"}

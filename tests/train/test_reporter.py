@@ -14,7 +14,7 @@ from megacore.mesh.mesh import ParallelMesh
 from megacore.monitor.jsonl import read_json_lines
 from megacore.monitor.run_folder import EVENTS, LOG, METRICS
 from megacore.optim.statistics import Statistics
-from megacore.train import reporter as reporting
+from megacore.train import devices
 from megacore.train.loop import Late
 from megacore.train.meter import Skips
 from megacore.train.reporter import MANY_SKIPS, Reporter
@@ -171,7 +171,7 @@ def said_by_ranks(rank: int, world_size: int, out: str, every: int) -> None:
     """Every rank of a pipeline of two reports; the peak is a GB more on each rank and in each step."""
     peaks = {"step": 0}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reporting, "peak_memory_gb", lambda _: peaks["step"] + rank)
+        patch.setattr(devices, "peak_memory_gb", lambda _: peaks["step"] + rank)
         config = config_of(Path(out), every=every)
         config = replace(config, train=replace(config.train, eval_every=7))
         reporter = Reporter.open(config, ParallelMesh.build(Layout(pp=world_size), rank, CPU), False, 100)

@@ -1,0 +1,157 @@
+"""Alerts are told once until they are over, and sent without holding up who raises them."""
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from megacore.monitor.alerts import EVENT_QUIET_S, QUIET_S, Alerts
+from megacore.monitor.sinks import Outbox, targets_of
+
+
+class Book:
+    """Alerts, with a clock that is set by hand."""
+
+    def __init__(self, *rules: str) -> None:
+        self.now = 0.0
+        self.told: list[tuple] = []
+        self.alerts = Alerts(rules, self.write, lambda: self.now)
+
+    def write(self, event: str, facts: dict) -> None:
+        self.told.append((event, facts["step"], facts.get("times")))
+
+    def see(self, *losses: float | None) -> list[tuple]:
+        """What is told of these losses, of steps that are counted from 1."""
+        for loss in losses:
+            self.step = getattr(self, "step", 0) + 1
+            self.alerts.see(self.step, {"loss": loss})
+        told, self.told = self.told, []
+        return told
+
+
+def test_an_alert_is_told_once_until_it_is_over():
+    book = Book("loss > 3")
+    assert book.see(1, 4, 5, None, 6) == [("alert", 2, None)]
+    assert book.see(2) == [("alert_over", 6, None)]
+    assert book.see(2, 2) == []
+
+
+def test_what_comes_and_goes_is_told_once_in_a_while():
+    book = Book("loss > 3")
+    assert book.see(4, 1) == [("alert", 1, None), ("alert_over", 2, None)]
+    assert book.see(4, 1, 4, 1, 4) == []
+    book.now = QUIET_S
+    assert book.see(4) == [("alert", 8, 3)]
+    assert book.see(1) == [("alert_over", 9, None)]
+
+
+def test_it_must_last_as_long_as_the_rule_says():
+    book = Book("loss > 3 for 3")
+    assert book.see(4, 4, 1, 4, 4) == []
+    assert book.see(4) == [("alert", 6, None)]
+
+
+def test_events_of_a_kind_are_told_once_in_a_while():
+    book = Book("event hang", "event spike")
+    for _ in range(3):
+        book.alerts.event("hang", {"step": 5, "text": "rank 3 is silent"})
+    book.alerts.event("save", {"step": 6})
+    assert book.told == [("alert", 5, None)]
+    book.now = EVENT_QUIET_S
+    book.alerts.event("hang", {"text": "again"})
+    assert book.told[1:] == [("alert", None, 3)]
+
+
+def test_an_alert_says_what_was_found():
+    told = []
+    alerts = Alerts(["loss > 1.5 * mean(loss, 2)"], lambda event, facts: told.append(facts))
+    for step, loss in enumerate((2.0, 2.0, 4.0), start=1):
+        alerts.see(step, {"loss": loss})
+    assert told == [
+        {
+            "step": 3,
+            "alert": "loss > 1.5 * mean(loss, 2)",
+            "text": "loss > 1.5 * mean(loss, 2) (4 > 3)",
+            "value": 4.0,
+            "limit": 3.0,
+        }
+    ]
+
+
+@contextmanager
+def web_server(wait: threading.Event | None = None) -> Iterator[tuple[str, list]]:
+    """Its address, and what it is sent; it answers once ``wait`` is set."""
+    got: list = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            got.append((self.headers["Content-Type"], json.loads(body)))
+            if wait is not None:
+                wait.wait(5)
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, format, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/hook", got
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_alerts_go_to_a_web_hook_and_a_command(tmp_path):
+    script = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text(sys.stdin.read())"
+    (tmp_path / "script.py").write_text(script)
+    failed: list = []
+    with web_server() as (url, got):
+        line = f"{sys.executable} {tmp_path / 'script.py'} '{tmp_path / 'a file; touch b'}'"
+        outbox = Outbox(targets_of(url, line), lambda *told: failed.append(told))
+        outbox.put({"event": "alert", "alert": "loss > 3", "value": 4.0})
+        outbox.close()
+    sent = {"event": "alert", "alert": "loss > 3", "value": 4.0}
+    assert got == [("application/json", sent)]
+    assert json.loads((tmp_path / "a file; touch b").read_text()) == sent
+    assert not failed
+
+
+def test_a_hook_that_hangs_holds_nobody_up(monkeypatch):
+    monkeypatch.setattr("megacore.monitor.sinks.MOST_WAITING", 5)
+    wait, failed = threading.Event(), []
+    with web_server(wait) as (url, got):
+        outbox = Outbox(targets_of(url, ""), lambda *told: failed.append(told))
+        began = time.monotonic()
+        for number in range(20):
+            outbox.put({"number": number})
+        outbox.close(0.1)
+        assert time.monotonic() - began < 2
+        wait.set()
+    assert [target for target, _ in failed] == ["alerts"]
+    assert got[0] == ("application/json", {"number": 0})
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/", "http://no-such-host.invalid/"])
+def test_what_does_not_arrive_is_told_once(url):
+    failed: list = []
+    outbox = Outbox(targets_of(url, "/no/such/command"), lambda *told: failed.append(told))
+    for _ in range(3):
+        outbox.put({})
+    outbox.close()
+    assert [target for target, _ in failed] == ["log.alert_webhook", "log.alert_command"]
+
+
+def test_nothing_is_started_without_targets():
+    outbox = Outbox(targets_of("", ""), lambda *told: None)
+    outbox.put({})
+    outbox.close()
+    assert outbox.thread is None
