@@ -20,7 +20,8 @@ class Practice:
 
     Time. ``launches`` are the kernels of a block's forward that the host launches one by one (graphs: few), those of
     experts and their routing not counted, and ``host_share`` how much of a launch's time a run needs (slow hosts, much
-    Python: above 1). ``flash`` is the speed of fused attention to the machine's best, ``passes`` the bytes of a score that explicit attention moves in a forward.
+    Python: above 1). ``flash`` is the speed of fused attention to the machine's best, ``passes`` the
+    bytes of a score that explicit attention moves in a forward.
     ``traffic`` is what memory-bound operations move, to fused ones, and ``loss_bytes`` what a logit's loss does.
     ``overlap_tp``, ``overlap_ep`` and ``overlap_dp`` are the shares of these collectives that go beside computing where
     there is enough of it. With ``p2p_split`` each tp rank sends but its part of a message of the pipeline.
