@@ -133,7 +133,11 @@ def extensions() -> list[Extension]:
 setup(
     packages=[*find_packages(include=["megacore", "megacore.*"]), "megacore.tools", "megacore.launch"],
     package_dir={"megacore.tools": "tools", "megacore.launch": "launch"},
-    package_data={"megacore.config.presets": ["*.toml"], "megacore.launch": ["recipes/*.toml"]},
+    package_data={
+        "megacore.config.presets": ["*.toml"],
+        "megacore.launch": ["recipes/*.toml"],
+        "megacore.monitor.report": ["page.*"],
+    },
     ext_modules=extensions(),
     cmdclass={"build_ext": OptionalBuildExt},
 )

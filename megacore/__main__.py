@@ -28,6 +28,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
             "weights to and from Hugging Face folders, and whether they are right",
         ),
         "schedule": ("megacore.tools.schedule", "generate, prove, simulate and draw a pipeline schedule"),
+        "report": ("megacore.tools.report", "one page about a run: curves, events, where time and memory went"),
         "bench": ("megacore.tools.bench", "measure, as ratios to other implementations"),
         "doctor": ("megacore.launch.doctor", "what this machine has, what is missing, why, and the line that fixes it"),
         "presets": ("megacore.tools.presets", "list the known models with their shapes and parameter counts"),

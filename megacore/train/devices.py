@@ -24,9 +24,10 @@ class Devices:
         self.joins = sampler is not None or (mesh.device.type == "cuda" and every_s > 0)
         self.answer: Tensor | None = None
         self.total_gb: float | None = None
+        self.name = "CPU"
         if mesh.device.type == "cuda":
             properties = torch.cuda.get_device_properties(mesh.device)
-            self.total_gb = properties.total_memory / GB
+            self.total_gb, self.name = properties.total_memory / GB, properties.name
             if self.joins and sampler is None:
                 self.sampler, self.reason = open_sampler(str(properties.uuid), every_s)
 

@@ -130,6 +130,8 @@ class Reporter:
             config_hash=config_hash(c),
             layout=layout.describe(),
             world_size=layout.world,
+            host=platform.node(),
+            device=self.devices.name,
             parameters=built.spec.num_params,
             first_step=1 if self.resumed is None else self.resumed.step + 1,
             samples=0 if self.resumed is None else self.resumed.samples,
@@ -258,10 +260,9 @@ class Reporter:
     def figures(self, late: Late, span: Span) -> StepMetrics:
         """The figures of a step; rates are averages over the steps that the line stands for, and of the whole world per
         device."""
-        c, device = self.config, self.mesh.device
+        c = self.config
         tflops = span.tokens_per_s * self.flops_per_token / self.mesh.layout.world / 1e12
         memory_gb, gpu = self.devices.read(span.tokens_per_s)
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         return StepMetrics(
             step=late.step,
             loss=late.result.loss.item(),
@@ -271,7 +272,7 @@ class Reporter:
             tokens_per_s=span.tokens_per_s,
             step_time_s=span.step_time_s,
             tflops_per_device=tflops,
-            mfu=model_flops_utilization(tflops, name, c.precision.dtype),
+            mfu=model_flops_utilization(tflops, self.devices.name, c.precision.dtype),
             memory_gb=memory_gb,
             skipped=span.num_skipped > 0,
             val_loss=None if late.val_loss is None else late.val_loss.item(),

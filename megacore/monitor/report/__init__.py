@@ -1,0 +1,1 @@
+"""One self-contained page about a run: what it did, how well, and what happened to it."""

@@ -1,0 +1,127 @@
+"""The whole page: one file without anything from elsewhere, that runs no script but its own."""
+
+import base64
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+from megacore import __version__
+from megacore.monitor.report import parts
+from megacore.monitor.report.markup import data, section, tag, text
+from megacore.monitor.report.reading import Run, number, places, thinned
+
+MOST_POINTS = 3000
+"""Of a curve; more than a screen has columns."""
+MOST_MARKS = 400
+HERE = Path(__file__).parent
+MARKS = (
+    *("save", "resume", "start", "stop", "finish", "skip", "spike", "rewind", "hang", "straggler", "corruption"),
+    *("fault", "alert", "save_failed"),
+)
+CHARTS: tuple[tuple[str, str, str, tuple[tuple[str, str, str], ...]], ...] = (
+    ("loss", "Loss", "nats per token", (("loss", "training", "blue"), ("val_loss", "validation", "orange"))),
+    ("grad_norm", "Gradient norm", "", (("grad_norm", "global norm", "green"),)),
+    ("lr", "Learning rate", "", (("lr", "learning rate", "purple"),)),
+    ("tokens_per_s", "Throughput", "tokens/s", (("tokens_per_s", "all ranks", "teal"),)),
+    ("step_time_s", "Step time", "s", (("step_time_s", "mean", "blue"),)),
+    ("mfu", "Model FLOPs utilization", "", (("mfu", "MFU", "green"),)),
+    ("tflops", "TFLOP/s per device", "", (("tflops_per_device", "TFLOP/s", "green"),)),
+    ("memory_gb", "Peak memory", "GB", (("memory_gb", "rank that needed most", "red"),)),
+    *(
+        (name, title, unit, tuple((f"gpu.{name}.{part}", part, shade) for part, shade in spread))
+        for spread in [(("mean", "blue"), ("min", "grey"), ("max", "orange"))]
+        for name, title, unit in (
+            ("utilization", "GPU utilization", ""),
+            ("power_w", "GPU power", "W"),
+            ("temperature_c", "GPU temperature", "°C"),
+            ("sm_clock_mhz", "GPU clock", "MHz"),
+        )
+    ),
+    ("energy", "Energy", "J/token", (("gpu.joules_per_token", "all ranks", "orange"),)),
+)
+"""Name, title, unit, and of each curve its figure in metrics.jsonl, its name and its shade."""
+
+
+def page(run: Run, now: float | None = None) -> str:
+    """HTML of a run."""
+    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:"
+    sections = [
+        curves(run),
+        parts.time_spent(run),
+        parts.timeline(run),
+        parts.memory(run),
+        parts.kinds(run),
+        parts.events(run),
+        parts.samples(run),
+        parts.saved(run),
+        parts.configuration(run),
+        parts.environment(run),
+        parts.console(run),
+    ]
+    made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
+    name = run.folder.resolve().name or str(run.folder)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{text(name)} · megacore</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        + tag("header", parts.heading(run) + parts.problems(run))
+        + tag("nav", "".join(links(sections)) + '<button id="theme" type="button" title="dark or light">◐</button>')
+        + tag("main", "\n".join(filter(None, sections)))
+        + tag("footer", text(f"made {made} by megacore {__version__} from {run.folder}"))
+        + data("drawn", content(run))
+        + f"\n<script>{script}</script>\n</body>\n</html>\n"
+    )
+
+
+def links(sections: list[str]) -> list[str]:
+    """To every section that is there."""
+    found = []
+    for each in sections:
+        if each:
+            name = each.split('id="', 1)[1].split('"', 1)[0]
+            title = each.split("<h2>", 1)[1].split("</h2>", 1)[0]
+            found.append(f'<a href="#{name}">{title}</a>')
+    return found
+
+
+def curves(run: Run) -> str:
+    """Places for the charts, which the page's script draws, with what they show."""
+    if not run.metrics:
+        return section("curves", "Curves", tag("p", "No step has been written down yet."))
+    controls = (
+        '<div class="controls"><label>smoothing <input id="smooth" type="range" min="0" max="100" value="30"></label>'
+        '<label><input id="logarithmic" type="checkbox"> logarithmic loss</label>'
+        '<label>over <select id="axis"><option value="step">steps</option><option value="tokens">tokens</option>'
+        '</select></label><span id="marks"></span><small>drag to zoom, double-click for all</small></div>'
+    )
+    alone = "<noscript><p>Curves are drawn by the page's own script, which is switched off.</p></noscript>"
+    return section("curves", "Curves", controls, alone, '<div id="charts"></div>')
+
+
+def content(run: Run) -> dict[str, Any]:
+    """What the script draws."""
+    charts = []
+    for name, title, unit, lines in CHARTS:
+        shown = []
+        for figure, label, shade in lines:
+            points = run.series(figure)
+            if points:
+                few = [[step, float(f"{value:.6g}")] for step, value in thinned(points, MOST_POINTS)]
+                shown.append({"name": label, "shade": shade, "points": few, "all": len(points)})
+        if shown and not (name == "tflops" and run.series("mfu")):
+            charts.append({"name": name, "title": title, "unit": unit, "lines": shown})
+    marks = []
+    for event, step in places(run):
+        kind, began = event["event"], number(event.get("first_step"))
+        if kind in MARKS and step is not None and not (kind == "start" and began == 1):
+            said = event.get("text") or event.get("error") or event.get("reason") or ""
+            marks.append({"step": step, "kind": kind, "text": parts.short(said)})
+    loud = [mark for mark in marks if mark["kind"] != "save"][-MOST_MARKS:]
+    saves = [mark for mark in marks if mark["kind"] == "save"][-MOST_MARKS:]
+    tokens = [[step, value] for step, value in thinned(run.series("tokens"), 500)]
+    return {"charts": charts, "marks": saves + loud, "tokens": tokens}
