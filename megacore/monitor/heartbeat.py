@@ -234,6 +234,9 @@ class Listener:
                 elif not key.data.served(events, self._take):
                     self.selector.unregister(key.fileobj)
                     key.data.connection.close()
+                elif events & selectors.EVENT_WRITE and not key.data.outbox:
+                    # a connection can nearly always be written to: asking for that with nothing to say never sleeps
+                    self.selector.modify(key.fileobj, selectors.EVENT_READ, key.data)
             if time.monotonic() >= until:
                 return
 

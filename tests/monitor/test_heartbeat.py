@@ -105,6 +105,23 @@ def test_a_connection_that_breaks_is_made_again() -> None:
     listener.close()
 
 
+def test_beats_take_no_time_of_a_core() -> None:
+    """Rank 0 sleeps between beats, also after its first answer has left."""
+    limits = Limits(8.0, 60.0, 600.0)
+    listener = Listener(limits, lambda *told: None, 2, "token", "127.0.0.1")
+    address = ("127.0.0.1", listener.port)
+    beaters = [Beater(rank, Pulse(), address, "token", limits, lambda *told: None, 0) for rank in range(2)]
+    until(lambda: len(listener.seen) == 2)
+    time.sleep(0.7)  # an answer is on its way twice a second
+    began, used = time.monotonic(), time.process_time()
+    time.sleep(0.8)
+    share = (time.process_time() - used) / (time.monotonic() - began)
+    for beater in beaters:
+        beater.close()
+    listener.close()
+    assert share < 0.05
+
+
 def beat(**changes: Any) -> bytes:
     message = Pulse(3).as_beat(0) | {"host": "node3", "pid": 7, "token": TOKEN} | changes
     return json.dumps({key: value for key, value in message.items() if value is not None}).encode()
