@@ -36,6 +36,10 @@ class Background:
         """Takes an event."""
         self._put("event", name, dict(facts))
 
+    def drain(self) -> None:
+        """Waits until everything is passed on; for measurements."""
+        self.waiting.join()
+
     def close(self) -> None:
         """Waits for what is on its way, but not for ever."""
         until = time.monotonic() + CLOSING_S
@@ -56,18 +60,19 @@ class Background:
                 self._tell(f"is too slow: {MOST_WAITING} figures wait for it, and some are dropped")
 
     def _work(self) -> None:
-        try:
-            tracker = self.make()
-            method = ""
-            while method != "close":
+        tracker, method = None, ""
+        while method != "close":
+            try:
+                tracker = self.make() if tracker is None and not self.failed else tracker
                 method, told = self.waiting.get()
-                getattr(tracker, method)(*told)
-        except Exception as error:  # a foreign program's, of any kind: it must not end the run
-            self.failed = True
-            self._tell(f"gets nothing from here on: {type(error).__name__}: {error}")
-            method = ""
-            while method != "close":  # close() must not find a full queue
-                method, _ = self.waiting.get()
+                if not self.failed:
+                    getattr(tracker, method)(*told)
+            except Exception as error:  # a foreign program's, of any kind: it must not end the run
+                self.failed = True
+                self._tell(f"gets nothing from here on: {type(error).__name__}: {error}")
+                if tracker is None:
+                    continue  # nothing was taken yet
+            self.waiting.task_done()
 
     def _tell(self, what: str) -> None:
         self.warn(f"{self.name} {what}")

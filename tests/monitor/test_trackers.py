@@ -227,9 +227,25 @@ def test_a_tracker_that_fails_is_told_once_and_left_alone():
     background = Background("log.x", lambda: Stuck(None), warnings.append)
     for step in range(5):
         background.log(metrics(step))
+    background.drain()
     background.close()
     background.log(metrics(6))
     assert warnings == ["log.x gets nothing from here on: RuntimeError: no such server"]
+    assert not background.thread.is_alive()
+
+
+def test_a_tracker_that_cannot_be_opened_is_told_once_and_left_alone():
+    warnings: list[str] = []
+
+    def make():
+        raise OSError("no key")
+
+    background = Background("log.x", make, warnings.append)
+    for step in range(5):
+        background.log(metrics(step))
+    background.drain()
+    background.close()
+    assert warnings == ["log.x gets nothing from here on: OSError: no key"]
     assert not background.thread.is_alive()
 
 
