@@ -168,6 +168,24 @@ def test_nothing_of_a_run_becomes_markup(tmp_path):
     assert "<b>run" not in html
 
 
+def test_where_alerts_are_sent_to_is_no_part_of_the_page(tmp_path):
+    url, line = "https://hooks.example.com/T0/secret?a=1&b=<2>", "send --key 'topsecret x'"
+    out = full_run(tmp_path / "run", text=f"from {url}", error=f"{line} failed")
+    secrets = [f"log.alert_webhook={url}", f"log.alert_command={line}"]
+    config = to_toml(load(None, [*BASE, *secrets]))
+    (out / "config.toml").write_text(config)
+    (out / "log.txt").write_text(f"log.alert_webhook: {url} -> {line}")
+    html = page(read_run(out))
+    check(html)
+    assert "secret" not in html
+    assert html.count("(hidden)") > 10
+    (out / "config.toml").write_text(config + "\n[unknown]\nx = 1\n")  # which this version cannot read
+    html = page(read_run(out))
+    check(html)
+    assert "[unknown]" in html
+    assert "alert_webhook = " not in html and "alert_command = " not in html
+
+
 def test_runs_that_have_hardly_begun(tmp_path):
     for name, content in (("metrics.jsonl", ""), ("events.jsonl", ""), ("config.toml", "")):
         out = tmp_path / name

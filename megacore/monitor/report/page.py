@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from megacore.monitor.report.reading import Run, number, places, thinned
 MOST_POINTS = 3000
 """Of a curve; more than a screen has columns."""
 MOST_MARKS = 400
+SECRETS, SHORTEST_SECRET = ("alert_webhook", "alert_command"), 8
 HERE = Path(__file__).parent
 MARKS = (
     *("save", "resume", "start", "stop", "finish", "skip", "spike", "rewind", "hang", "straggler", "corruption"),
@@ -61,6 +63,7 @@ def page(run: Run, now: float | None = None) -> str:
         parts.environment(run),
         parts.console(run),
     ]
+    sections = [hidden(each, run) for each in sections]
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
     name = run.folder.resolve().name or str(run.folder)
     return (
@@ -69,13 +72,24 @@ def page(run: Run, now: float | None = None) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{text(name)} · megacore</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        + tag("header", parts.heading(run) + parts.problems(run))
+        + tag("header", parts.heading(run) + hidden(parts.problems(run), run))
         + tag("nav", "".join(links(sections)) + '<button id="theme" type="button" title="dark or light">◐</button>')
         + tag("main", "\n".join(filter(None, sections)))
         + tag("footer", text(f"made {made} by megacore {__version__} from {run.folder}"))
         + data("drawn", content(run))
         + f"\n<script>{script}</script>\n</body>\n</html>\n"
     )
+
+
+def hidden(markup: str, run: Run) -> str:
+    """Without what may be a secret: where alerts are sent to. Pages are passed on."""
+    if run.config is None:
+        return "\n".join(line for line in markup.split("\n") if not any(f"{name} = " in line for name in SECRETS))
+    for secret in (getattr(run.config.log, name) for name in SECRETS):
+        if len(secret) >= SHORTEST_SECRET:
+            for shown in (secret, json.dumps(secret, ensure_ascii=False)[1:-1]):
+                markup = markup.replace(text(shown), "(hidden)").replace(shown, "(hidden)")
+    return markup
 
 
 def links(sections: list[str]) -> list[str]:
@@ -120,7 +134,7 @@ def content(run: Run) -> dict[str, Any]:
         kind, began = event["event"], number(event.get("first_step"))
         if kind in MARKS and step is not None and not (kind == "start" and began == 1):
             said = event.get("text") or event.get("error") or event.get("reason") or ""
-            marks.append({"step": step, "kind": kind, "text": parts.short(said)})
+            marks.append({"step": step, "kind": kind, "text": hidden(parts.short(said), run)})
     loud = [mark for mark in marks if mark["kind"] != "save"][-MOST_MARKS:]
     saves = [mark for mark in marks if mark["kind"] == "save"][-MOST_MARKS:]
     tokens = [[step, value] for step, value in thinned(run.series("tokens"), 500)]
