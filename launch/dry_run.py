@@ -5,6 +5,7 @@ import json
 from typing import TYPE_CHECKING
 
 from megacore.config.schema import RunConfig
+from megacore.config.secrets import without_secrets
 from megacore.config.write import to_toml
 from megacore.layout.layout import Layout
 from megacore.spec import ModelSpec
@@ -25,7 +26,7 @@ def show(config: RunConfig, world_size: int, args: argparse.Namespace) -> str:
     if args.json:
         return json.dumps(found.as_json(), indent=1) + "\n"
     lines = [*overview_of(config, found), *found.lines()]
-    return "".join(f"# {line}\n" for line in lines) + "\n" + to_toml(config)
+    return "".join(f"# {line}\n" for line in lines) + "\n" + to_toml(without_secrets(config))
 
 
 def memory_of(gpu: str) -> float:

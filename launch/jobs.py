@@ -17,6 +17,7 @@ from types import MappingProxyType
 from megacore.config.load import load
 from megacore.config.resolve import resolve
 from megacore.config.schema import RunConfig
+from megacore.config.secrets import in_overrides
 from megacore.config.validate import check
 from megacore.launch import kubernetes, sky, slurm
 from megacore.launch.environment import Capability, Setting, settings_for
@@ -43,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
         args.run = None
     fewest, most = node_range(args.nodes)
     check_options(args, fewest, most)
+    if secrets := list(in_overrides(args.overrides)):
+        raise ValueError("\n".join(secrets))
     config = load(args.run, args.overrides, args.preset)
     for nodes in {fewest, most}:
         checked(config, nodes * args.gpus, args.kind)

@@ -24,6 +24,7 @@ from megacore.checkpoint.manifest import (
 from megacore.checkpoint.parts import MAX_SLICE_BYTES
 from megacore.checkpoint.store import Store
 from megacore.config.schema import RunConfig
+from megacore.config.secrets import without_secrets
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def commit(
     made = {"megacore": __version__, "torch": torch.__version__, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     files = tuple(each.entry for each in written)
     tensors = _gathered(written)
-    manifest = Manifest(kind, step, asdict(config), layout, state, tensors, files, entries, made)
+    manifest = Manifest(kind, step, asdict(without_secrets(config)), layout, state, tensors, files, entries, made)
     data = manifest.to_bytes()
     # What cannot be read back is not a checkpoint: a slice that no rank wrote is noticed here.
     Manifest.from_bytes(data, f"the manifest of {store.describe()}")

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from megacore.config.errors import ConfigError
 from megacore.config.parse import show
 from megacore.config.schema import ModelConfig, RunConfig
+from megacore.config.secrets import without_secrets
 from megacore.config.write import flatten
 
 SAFE, MATHS, REFUSED = "safe", "changes the maths", "refused"
@@ -79,8 +80,8 @@ SET_THE_ORDER = frozenset({"train.steps", "train.global_batch_size", "train.batc
 
 
 def changes(saved: RunConfig, wanted: RunConfig) -> list[Change]:
-    """Every key that differs, in the schema's order; both runs are resolved."""
-    before, after = flatten(saved), flatten(wanted)
+    """Every key that differs, in the schema's order; both runs are resolved. Of secrets only whether there are some."""
+    before, after = flatten(without_secrets(saved)), flatten(without_secrets(wanted))
     ordered = SET_THE_ORDER if wanted.data.index == "megatron" else ()
     return [
         Change(key, before[key], after[key], REFUSED if key in ordered else kind_of(key))

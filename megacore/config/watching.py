@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 
 from megacore.config.alerts import rule_problems
 from megacore.config.schema import RunConfig
+from megacore.config.secrets import HIDDEN, url_problem
 
 
 def watching_problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
@@ -55,17 +56,19 @@ def alert_problems(config: RunConfig) -> Iterator[str]:
     yield from rule_problems(log.alerts)
     try:
         parts = urlsplit(log.alert_webhook)
-        legal = not log.alert_webhook or (parts.scheme in ("http", "https") and bool(parts.hostname))
+        legal = log.alert_webhook in ("", HIDDEN) or (parts.scheme in ("http", "https") and bool(parts.hostname))
     except ValueError:
         legal = False
     if not legal:
-        yield f"log.alert_webhook={log.alert_webhook} must be a URL that begins with https:// or http://"
+        yield "log.alert_webhook must be a URL that begins with https:// or http://, with a host"
     try:
         words = shlex.split(log.alert_command)
     except ValueError as error:
-        yield f"log.alert_command={log.alert_command} is no command line ({error}); close its quotation marks"
+        yield f"log.alert_command is no command line ({error}); close its quotation marks"
     else:
         if log.alert_command and not words:
             yield f"log.alert_command={log.alert_command!r} names no command; leave it out"
+    if log.mlflow_uri and (problem := url_problem("log.mlflow_uri", log.mlflow_uri)):
+        yield f"{problem}, as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
     if (log.wandb or log.mlflow) and not log.project:
         yield 'log.project="" must be the name of a project; leave it out for megacore'

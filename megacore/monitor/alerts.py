@@ -66,7 +66,9 @@ class Alerts:
         if not holds:
             if state.raised:
                 state.raised = False
-                self.told("alert_over", {"step": step, "alert": rule.text, "since_step": state.since_step})
+                text = f"{rule.text} is over (since step {state.since_step})"
+                facts = {"step": step, "alert": rule.text, "text": text, "since_step": state.since_step}
+                self.told("alert_over", facts)
             state.held = 0
             return
         state.held += 1

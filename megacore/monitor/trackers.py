@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from megacore.config.schema import RunConfig
+from megacore.config.secrets import without_secrets
 from megacore.data.files import write_atomic
 from megacore.monitor.background import Background
 from megacore.monitor.metrics import StepMetrics
@@ -118,7 +119,8 @@ class WandB:
             mode=mode,
             dir=str(out),
             config=dict(flat),
-            settings=wandb.Settings(console="off", silent=True),
+            # what W&B finds out itself has the command line, which may bring a secret
+            settings=wandb.Settings(console="off", silent=True, x_disable_meta=without_secrets(config) is not config),
         )
         self._run.define_metric("trainer/step")
         self._run.define_metric("*", step_metric="trainer/step")

@@ -15,6 +15,7 @@ import torch
 
 from megacore import __version__
 from megacore.config.schema import RunConfig
+from megacore.config.secrets import hidden_keys, without_secrets
 from megacore.config.write import config_hash, to_toml
 from megacore.cost.hardware import model_flops_utilization
 from megacore.cost.plot.picture import save_picture
@@ -127,7 +128,7 @@ class Reporter:
         console.line()
         self.files.events.write(
             "start",
-            config_hash=config_hash(c),
+            config_hash=config_hash(without_secrets(c)),
             layout=layout.describe(),
             world_size=layout.world,
             host=platform.node(),
@@ -139,6 +140,9 @@ class Reporter:
             versions={"megacore": __version__, "torch": torch.__version__, "python": platform.python_version()},
             **({"init_from": weights} if weights else {}),
         )
+        for key in hidden_keys(c):
+            text = f"{key} was left out of this run file: alerts are not sent there; give it again to have them sent"
+            self.warn("warning", text, step=0 if self.resumed is None else self.resumed.step)
         if weights:
             console.line(f"weights  those of {weights}")
         if self.resumed is not None:
@@ -405,7 +409,7 @@ def open_files(config: RunConfig, colour: bool, width: int, resumed: Resumed | N
     console = Console(sys.stdout, out / LOG, colour, width)
     if moved is not None:
         console.line(f"an earlier run was in {out}: it now lies in {moved}")
-    (out / CONFIG).write_text(to_toml(config), encoding="utf-8")
+    (out / CONFIG).write_text(to_toml(without_secrets(config)), encoding="utf-8")
     events = EventsWriter(out)
     first_step = resumed.step + 1 if resumed is not None and goes_on else None
     watchers = Watchers(config, console, events, first_step)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megacore.config.schema import RunConfig
+from megacore.config.secrets import SECRETS
 from megacore.config.write import flatten
 from megacore.monitor.alerts import Alerts
 from megacore.monitor.console import Console
@@ -17,8 +18,6 @@ from megacore.monitor.trackers import open_trackers
 
 ALERT, ALERT_OVER, UNSENT = "alert", "alert_over", "alert_not_sent"
 OWN = (ALERT, ALERT_OVER, UNSENT)
-HIDDEN = ("log.alert_webhook", "log.alert_command")
-"""Keys that may hold secrets, which trackers need not know."""
 
 
 class Watchers:
@@ -28,7 +27,7 @@ class Watchers:
         """``first_step`` of a run that is taken up again."""
         self.console, self.events, log = console, events, config.log
         self.known = {"run": config.out, "host": platform.node()}
-        self.flat = {key: value for key, value in flatten(config).items() if key not in HIDDEN}
+        self.flat = {key: value for key, value in flatten(config).items() if key not in SECRETS}
         self.saved = 0 if first_step is None else first_step - 1
         self.saves = config.checkpoint.save_every > 0
         self.clip_grad = config.optim.clip_grad if config.optim.clip == "norm" and config.optim.clip_grad > 0 else None

@@ -5,8 +5,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -84,7 +85,7 @@ def test_an_alert_says_what_was_found():
 
 
 @contextmanager
-def web_server(wait: threading.Event | None = None) -> Iterator[tuple[str, list]]:
+def web_server(wait: threading.Event | None = None, code: int = 204) -> Iterator[tuple[str, list]]:
     """Its address, and what it is sent; it answers once ``wait`` is set."""
     got: list = []
 
@@ -94,7 +95,14 @@ def web_server(wait: threading.Event | None = None) -> Iterator[tuple[str, list]
             got.append((self.headers["Content-Type"], json.loads(body)))
             if wait is not None:
                 wait.wait(5)
-            self.send_response(204)
+            self.send_response(code)
+            if 300 <= code < 400:
+                self.send_header("Location", "/elsewhere/topsecret")
+            self.end_headers()
+
+        def do_GET(self):
+            got.append("GET")
+            self.send_response(200)
             self.end_headers()
 
         def log_message(self, format, *args):
@@ -148,6 +156,76 @@ def test_what_does_not_arrive_is_told_once(url):
         outbox.put({})
     outbox.close()
     assert [target for target, _ in failed] == ["log.alert_webhook", "log.alert_command"]
+
+
+def reasons(hook: str, line: str, alert: dict | None = None) -> list[str]:
+    """Why an alert did not arrive."""
+    failed: list = []
+    outbox = Outbox(targets_of(hook, line), lambda target, reason: failed.append(reason))
+    outbox.put(alert or {})
+    outbox.close()
+    assert not outbox.thread.is_alive()
+    return failed
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"), [(302, "HTTP 302; give the address"), (404, "HTTP 404"), (500, "HTTP 500")]
+)
+def test_a_hook_that_sends_alerts_elsewhere_or_refuses_them_is_told_without_its_url(code, reason):
+    with web_server(code=code) as (url, got):
+        (said,) = reasons(url + "/topsecret", "")
+    assert reason in said and "topsecret" not in said and "hook" not in said
+    assert len(got) == 1, "urllib would go on with a GET"
+
+
+def test_a_hook_that_says_nothing_is_given_up(monkeypatch):
+    monkeypatch.setattr("megacore.monitor.sinks.TIMEOUT_S", 0.3)
+    wait, failed = threading.Event(), []
+    with web_server(wait) as (url, _):
+        outbox = Outbox(targets_of(url, ""), lambda target, reason: failed.append(reason))
+        outbox.put({})
+        outbox.close(5)
+        wait.set()
+    assert failed and ("within 0.3 s" in failed[0] or "timed out" in failed[0])
+
+
+def test_a_hook_gets_json_whatever_the_loss_is():
+    with web_server() as (url, got):
+        assert reasons(url, "", {"value": float("nan"), "limit": 3.0}) == []
+    assert got == [("application/json", {"value": None, "limit": 3.0, "nonfinite": {"value": "nan"}})]
+
+
+def test_a_command_that_fails_is_told_without_its_words():
+    line = f"""{sys.executable} -c 'import sys; sys.exit("topsecret is wrong")' topsecret"""
+    assert reasons("", line) == ["it ended with exit code 1; what it prints is not kept"]
+    assert reasons("", "/no/such/topsecret") == ["it cannot be started: No such file or directory"]
+
+
+def test_a_command_that_hangs_is_killed_with_all_that_it_started(tmp_path, monkeypatch):
+    monkeypatch.setattr("megacore.monitor.sinks.TIMEOUT_S", 0.5)
+    line = f"sh -c '(echo $$; sleep 60; true) > {tmp_path / 'pid'} & sleep 60; true'"
+    failed: list = []
+    outbox = Outbox(targets_of("", line), lambda target, reason: failed.append(reason))
+    outbox.put({})
+    began = time.monotonic()
+    outbox.close(20)
+    assert time.monotonic() - began < 5
+    assert failed == ["it did not end within 0.5 s, and was killed"]
+    group = int((tmp_path / "pid").read_text())
+    until = time.monotonic() + 5
+    while _lives(group) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not _lives(group)
+
+
+def _lives(group: int) -> bool:
+    """Whether any process of a group does more than wait to be reaped."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, its = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(its) == group and state != "Z":
+                return True
+    return False
 
 
 def test_nothing_is_started_without_targets():

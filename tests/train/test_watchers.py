@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megacore.exits import run
+from megacore.launch.train import main
 from megacore.layout import Layout
 from megacore.mesh.mesh import ParallelMesh
 from megacore.monitor import packages
@@ -18,7 +19,7 @@ from megacore.train.devices import Devices
 from megacore.train.reporter import Reporter
 from tests.engine.common import run_config
 from tests.pool import WorkerPool
-from tests.train.runs import words_of
+from tests.train.runs import files_in, interrupted, words_of
 from tests.train.test_reporter import CPU, late
 
 
@@ -112,6 +113,31 @@ def test_what_does_not_arrive_is_told_and_ends_nothing(tmp_path: Path) -> None:
     (unsent,) = events(tmp_path, "alert_not_sent")
     assert unsent["target"] == "log.alert_webhook"
     assert "an alert did not arrive" in (tmp_path / LOG).read_text()
+
+
+def test_nothing_in_the_folder_of_a_run_says_its_secrets(letters: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    out = tmp_path / "run"
+    secrets = ("log.alert_webhook=http://127.0.0.1:9/topsecret", "log.alert_command=false topsecret")
+    words = words_of(letters, out, *secrets, 'log.alerts=["loss > 0", "event fault"]', "log.prometheus_file=true")
+    interrupted(monkeypatch, 4, words)
+    assert main(words) == 0
+    (resume,) = events(out, "resume")
+    assert resume["changes"] == []
+    assert len(events(out, "alert_not_sent")) >= 4
+    assert main(words_of(letters, out, "train.steps=8")) == 0, "without any from here on"
+    changed = events(out, "resume")[-1]["changes"]
+    assert 'log.alert_webhook: (hidden) -> "" (safe)' in changed
+    assert run("megacore.tools.report", [str(out)]) == 0
+    found = {name: content for name, content in files_in(out).items() if b"topsecret" in content}
+    assert not found
+    assert {"config.toml", "report.html", "checkpoints/step-00000006/manifest.json"} <= set(files_in(out))
+    # a run from its own config.toml goes on, and says what it lacks
+    capsys.readouterr()
+    (out / "config.toml").write_text(
+        (out / "config.toml").read_text().replace('alert_webhook = ""', 'alert_webhook = "(hidden)"')
+    )
+    assert main([str(out / "config.toml"), "train.steps=9"]) == 0
+    assert "log.alert_webhook was left out of this run file" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("key", ["log.tensorboard", "log.wandb", "log.mlflow"])
