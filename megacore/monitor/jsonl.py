@@ -10,6 +10,8 @@ from typing import Any
 
 from megacore.data.files import write_atomic
 
+ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
 
 class JsonLines:
     """Appends objects to a `.jsonl` file, one write per line, so that a reader never waits for a buffer.
@@ -25,7 +27,10 @@ class JsonLines:
 
     def append(self, record: dict[str, Any]) -> None:
         """Writes one object. NaN and infinities become null and are named under "nonfinite" (see `finite`)."""
-        line = json.dumps(finite(record), ensure_ascii=False, allow_nan=False)
+        try:
+            line = ENCODE(record)
+        except ValueError:  # seldom: looking for what is not finite takes longer than writing
+            line = ENCODE(finite(record))
         self._file.write(line.encode("utf-8", "surrogatepass") + b"\n")
 
     def close(self) -> None:

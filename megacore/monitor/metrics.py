@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class StepMetrics:
 
     def record(self) -> dict[str, Any]:
         """The object for metrics.jsonl: unknown values are null; val_loss, statistics and gpu stand where known."""
-        record = asdict(self)
+        record = dict(vars(self))
         for name in ("val_loss", "statistics", "gpu"):
             if record[name] is None:
                 del record[name]

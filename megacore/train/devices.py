@@ -12,6 +12,9 @@ from megacore.mesh.mesh import ParallelMesh
 from megacore.monitor.gpus import UNKNOWN, Sampler, joined, open_sampler
 from megacore.monitor.memory import GB, peak_memory_gb
 
+PEAK_EVERY = 10
+"""Steps for which a peak of main memory is taken to be the newest: it hardly moves, and a message takes time."""
+
 
 class Devices:
     """Of all ranks. Asking is collective and never waits for the device; reading, a step later, finds it there."""
@@ -23,6 +26,8 @@ class Devices:
         # by the run alone: where one rank's NVML is missing, it still takes part
         self.joins = sampler is not None or (mesh.device.type == "cuda" and every_s > 0)
         self.answer: Tensor | None = None
+        self.asked_at = 0
+        """The step."""
         self.total_gb: float | None = None
         self.name = "CPU"
         if mesh.device.type == "cuda":
@@ -36,10 +41,14 @@ class Devices:
         """Whether there is something to read."""
         return self.answer is not None
 
-    def ask(self) -> None:
+    def ask(self, step: int) -> None:
         """Take every rank's peak memory and GPU together: one message of 9 numbers of each rank where there are GPUs,
-        else the largest peak."""
+        else, once in a while, the largest peak."""
         device = self.mesh.device
+        wait = min(self.asked_at, PEAK_EVERY) if device.type == "cpu" and not self.joins else 1
+        if self.asked_at < step < self.asked_at + wait:  # the first steps, in which a run grows, ask more often
+            return
+        self.asked_at = step
         peak = peak_memory_gb(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None)
         if not self.joins:
             self.answer = all_reduce(torch.full((), peak, dtype=torch.float64, device=device), self.mesh.world, "max")

@@ -210,12 +210,12 @@ class Reporter:
     def step(self, late: Late) -> None:
         """Record a step, and show it, if that is due. All ranks call it; reading the figures waits for the device."""
         if not self.devices.asked:
-            self.devices.ask()
+            self.devices.ask(late.step)
         if self.files is not None:
             self.tell(late, self.files)
         # asked for when the host has given the device all of that step, and read a step later, it is there by then
         if self.is_due(late.step + 1):
-            self.devices.ask()
+            self.devices.ask(late.step + 1)
 
     def is_due(self, step: int) -> bool:
         """Whether a step's figures are to be written or shown."""
@@ -231,17 +231,20 @@ class Reporter:
         self.shown.add(late)
         self.skips.add(late.result.skipped)
         always = late.step in (1, c.train.steps) or late.val_loss is not None
+        span, metrics = None, None
         if always or late.step % c.log.every == 0 or late.result.statistics is not None:
-            self.record(late, files)
+            span = self.recorded.read()
+            metrics = self.figures(late, span)
+            self.record(metrics, span, files)
         if always or late.step % (c.log.console_every or c.log.every) == 0:
-            metrics = self.figures(late, self.shown.read())
+            shown = self.shown.read()
+            if metrics is None or shown != span:
+                metrics = self.figures(late, shown)
             left = (c.train.steps - late.step) * (metrics.step_time_s or 0.0)
             files.console.line(format_line(metrics, c.train.steps, left, files.console.paint))
 
-    def record(self, late: Late, files: Files) -> None:
+    def record(self, metrics: StepMetrics, span: Span, files: Files) -> None:
         """Write a step down, with the skipped ones since the last record."""
-        span = self.recorded.read()
-        metrics = self.figures(late, span)
         files.metrics.write(metrics)
         files.watchers.log(metrics, self.devices.headroom(metrics.memory_gb))
         if not span.num_skipped:
@@ -259,7 +262,7 @@ class Reporter:
                 f"{MANY_SKIPS} steps in a row were skipped because their gradients are not finite; try a lower optim.lr"
             )
             files.console.line(f"{files.console.paint('warning', 'yellow', 'bold')}  {text}")
-            files.events.write("warning", step=late.step, text=text)
+            files.events.write("warning", step=metrics.step, text=text)
 
     def figures(self, late: Late, span: Span) -> StepMetrics:
         """The figures of a step; rates are averages over the steps that the line stands for, and of the whole world per

@@ -14,6 +14,7 @@ import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import sub
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class SpikeGuard:
         if len(self.losses) >= FEWEST:
             losses = list(self.losses)
             usual = statistics.median(losses[-FEWEST:])
-            deviation = NORMAL * statistics.median(abs(a - b) for a, b in zip(losses, losses[1:]))
+            deviation = NORMAL * statistics.median(list(map(abs, map(sub, losses[1:], losses))))
             sigmas = (loss - usual) / max(deviation, QUIET * abs(usual), 1e-12)
             spike = Spike(step, loss, usual, sigmas) if sigmas > self.sigma else None
         self.losses.append(loss)
