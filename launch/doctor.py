@@ -10,12 +10,15 @@ import os
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
 from megacore.doctor.finding import FAIL, OK, WARN, Finding, examined, worst
+from megacore.launch.endings import Endings
+from megacore.launch.failures import Failure
 from megacore.launch.terminal import colour_wanted
 from megacore.mesh.rank_info import RankInfo
 
@@ -38,7 +41,18 @@ def main(argv: list[str] | None = None) -> int:
         )
     else:
         print("\n".join(lines(found, colour_wanted(sys.stdout))))
-    return 1 if worst(found) == FAIL else 0
+    if worst(found) != FAIL:
+        return 0
+    if info is not None and (endings := Endings.of(os.environ)):
+        endings.failed(Failure(info.rank, "pre-flight", verdict(found), when=time.monotonic()))
+    return 1
+
+
+def verdict(found: Sequence[Finding]) -> str:
+    """What a node's command says of a pre-flight that failed: the report above has the rest."""
+    faults = [f"{each.name}: {each.detail}" for each in found if each.status == FAIL]
+    fix = "The run has not been started. Mend it, or leave the node out (Slurm: --exclude=NODE)."
+    return "\n".join([*faults, fix])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -97,7 +111,8 @@ def local_ranks(nproc: int, device: str, folder: Path) -> Iterator[Finding]:
 
     result = folder / "speeds.json"
     if run_local(MEASURE, (device, str(result)), nproc):
-        yield Finding("ranks", FAIL, "ranks on this machine cannot talk to each other", "see the cause above")
+        fix = "the cause stands above, on stderr; is the loopback up (ip addr show lo)?"
+        yield Finding("ranks", FAIL, "ranks on this machine cannot talk to each other", fix)
         return
     ranks = [Speeds(**each) for each in json.loads(result.read_text())]
     for each in ranks:  # JSON's keys are texts

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
     command, restarts = ("train", *words), args.max_restarts
     if args.preflight:
-        command, restarts = ("doctor",), 0
+        command, restarts = ("doctor", "--out", config.out, "--device", config.train.device), 0
     return run_node(config, command, Nodes(fewest, most, args.nproc), Place(*place), restarts, args.wait)
 
 

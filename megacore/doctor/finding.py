@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 
+from megacore.exits import raised_by_us
+
 OK, WARN, FAIL = "ok", "warn", "fail"
 
 
@@ -24,11 +26,15 @@ Check = Callable[[], Iterable[Finding]]
 
 
 def examined(name: str, check: Check) -> Iterator[Finding]:
-    """What a check finds. One that breaks is itself something to be told, and no reason to leave out the others."""
+    """What a check finds. One that breaks is itself something to be told, and no reason to leave out the others; what
+    is asked for and cannot be had (a ValueError of ours, which has the fix) is a failure."""
     try:
         yield from check()
     except Exception as error:
-        yield Finding(name, WARN, f"could not be looked at: {type(error).__name__}: {error}")
+        if isinstance(error, ValueError) and raised_by_us(error.__traceback__):
+            yield Finding(name, FAIL, str(error))
+        else:
+            yield Finding(name, WARN, f"could not be looked at: {type(error).__name__}: {error}")
 
 
 def worst(findings: Iterable[Finding]) -> str:

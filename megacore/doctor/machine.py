@@ -19,7 +19,7 @@ OLDEST_PYTHON = (3, 11)
 MIN_FILES = 4096
 """Open files: a rank has sockets to its peers, data files, threads of gloo and NCCL."""
 MIN_SHM = 1 << 30
-DISK_PROBE_BYTES = 256 << 20
+DISK_PROBE_BYTES, PROBE_BLOCK = 256 << 20, 16 << 20
 SLOW_DISK = 200e6
 """Bytes per second below which checkpoints take long."""
 MIN_FREE = 20 << 30
@@ -125,26 +125,33 @@ def clock() -> Iterator[Finding]:
 
 
 def disk(folder: Path, num_bytes: int = DISK_PROBE_BYTES) -> Iterator[Finding]:
-    """Room and speed where checkpoints would go; what is written is flushed, as a save does."""
+    """Room, whether it can be written, and speed where checkpoints would go; what is written is flushed, as a save
+    does. ``num_bytes`` is what the speed is measured with; 0: it is not."""
     folder = next(each for each in (folder, *folder.resolve().parents) if each.exists())
     free = shutil.disk_usage(folder).free
     little = free < MIN_FREE
     fix = "set checkpoint.folder or out to a larger disk, or checkpoint.keep lower" if little else ""
-    yield Finding("disk space", WARN if little else OK, f"{human_bytes(free)} free at {folder}", fix)
-    if free < 2 * num_bytes:
-        return
-    block = os.urandom(16 << 20)
+    yield Finding("disk space", WARN if little else OK, f"{human_bytes(free)} free at {folder.resolve()}", fix)
     try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            began = time.perf_counter()
-            for _ in range(num_bytes // len(block)):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-            speed = num_bytes / (time.perf_counter() - began)
+        speed = write_speed(folder, num_bytes if free >= 2 * num_bytes else 0)
     except OSError as error:
-        yield Finding("disk speed", FAIL, f"{folder} cannot be written: {error.strerror}", "set out= to another folder")
+        text = f"{folder.resolve()} cannot be written: {error.strerror}"
+        yield Finding("disk", FAIL, text, "set out= to a folder that you may write to")
         return
-    slow = speed < SLOW_DISK
-    text = f"{human_bytes(speed)}/s to {folder}, flushed"
-    yield Finding("disk speed", WARN if slow else OK, text, "put out= on a faster disk" if slow else "")
+    if speed is not None:
+        slow = speed < SLOW_DISK
+        text = f"{human_bytes(speed)}/s to {folder.resolve()}, flushed"
+        yield Finding("disk speed", WARN if slow else OK, text, "put out= on a faster disk" if slow else "")
+
+
+def write_speed(folder: Path, num_bytes: int) -> float | None:
+    """Bytes per second, None where not even a block is asked for; a byte is written in any case. Raises OSError."""
+    block = os.urandom(PROBE_BLOCK)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        began = time.perf_counter()
+        file.write(block[:1])
+        for _ in range(num_bytes // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        return num_bytes / (time.perf_counter() - began) if num_bytes >= len(block) else None

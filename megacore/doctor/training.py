@@ -12,6 +12,9 @@ from megacore.monitor.jsonl import read_json_lines
 from megacore.monitor.run_folder import METRICS
 
 STEPS = 20
+BATCH = 4
+"""Samples per rank and step."""
+BOX, FRAME = "╭", "╭╮╰╯│─ "
 TEXT = b"the quick brown fox jumps over the lazy dog. "
 TIMEOUT_S = 120.0
 MIN_FALL = 0.5
@@ -19,7 +22,7 @@ MIN_FALL = 0.5
 
 
 def trains(folder: Path, nproc: int, device: str) -> Iterator[Finding]:
-    """Twice the same small run, tensor-parallel over two ranks if there are two; files go to ``folder``."""
+    """Twice the same small run, tensor-parallel over pairs of ranks if they come in pairs; files go to ``folder``."""
     import numpy as np
 
     prefix = str(folder / "text")
@@ -50,14 +53,16 @@ def trains(folder: Path, nproc: int, device: str) -> Iterator[Finding]:
 
 def one_run(out: Path, prefix: str, nproc: int, device: str) -> list[dict[str, float]] | str:
     """The metrics of a run, or why there are none."""
+    tp = 2 if nproc % 2 == 0 else 1
     words = [
         *("--preset", "demo", f"data.blend={prefix}", "data.tokenizer=bytes", "data.split=1,0,0", f"out={out}"),
         *("model.num_layers=2", "model.hidden_size=64", "model.num_heads=4", "model.num_kv_heads=2"),
         *("model.vocab_size=257", "model.ffn_hidden_size=128", "model.dropout=0"),
-        *(f"train.steps={STEPS}", "train.seq_len=64", "train.micro_batch_size=4", "train.global_batch_size=8"),
-        *("train.eval_every=0", f"train.device={device}", "optim.lr=0.01", "optim.warmup_steps=2"),
+        *(f"train.steps={STEPS}", "train.seq_len=64", f"train.micro_batch_size={BATCH}"),
+        *(f"train.global_batch_size={BATCH * nproc}", "train.eval_every=0", f"train.device={device}"),
+        *("optim.lr=0.01", "optim.warmup_steps=2"),
         *("checkpoint.save_every=0", "log.sample_every=0", "log.every=1"),
-        *(f"parallel.tp={min(nproc, 2)}", "--nproc", str(nproc)),
+        *(f"parallel.tp={tp}", "--nproc", str(nproc)),
     ]
     command = [sys.executable, "-m", "megacore", "train", *words]
     try:
@@ -65,6 +70,13 @@ def one_run(out: Path, prefix: str, nproc: int, device: str) -> list[dict[str, f
     except subprocess.TimeoutExpired:
         return f"a run of {STEPS} small steps did not end within {TIMEOUT_S:.0f} s"
     if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        return f"exit code {done.returncode}: {' '.join(lines[-3:])}"
+        return f"exit code {done.returncode}: {cause_in(done.stderr)}"
     return read_json_lines(out / METRICS)
+
+
+def cause_in(stderr: str) -> str:
+    """A line of what a run said at its end: the head of its last box (launch/failures.py), or its last words."""
+    lines = stderr.strip().splitlines()
+    box = max((number for number, line in enumerate(lines) if line.startswith(BOX)), default=None)
+    told = lines[-3:] if box is None else lines[box : box + 4]
+    return " ".join(" ".join(line.strip(FRAME) for line in told).split())

@@ -14,7 +14,10 @@ import pytest
 from megacore.doctor import gpus, machine, packages
 from megacore.doctor.finding import FAIL, OK, WARN, Finding, examined, worst
 from megacore.doctor.ranks import Speeds, judge, rounds
+from megacore.doctor.training import cause_in, trains
 from megacore.launch.doctor import lines, main
+from megacore.launch.places import meeting_point
+from tests.train.runs import words_of, write_corpus
 
 
 def test_the_report_of_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,6 +28,7 @@ def test_the_report_of_this_machine(tmp_path: Path, capsys: pytest.CaptureFixtur
         checks
     )
     assert report["status"] in (OK, WARN) and checks["torch"]["status"] == OK
+    assert "disk speed" not in checks, "looking measures nothing"
     assert all(set(each) == {"name", "status", "detail", "fix"} for each in report["checks"])
 
 
@@ -84,6 +88,12 @@ def test_a_check_that_breaks_is_told() -> None:
         yield Finding("first", OK, "fine")
         raise KeyError("what")
 
+    def asks_for_too_much() -> Iterator[Finding]:
+        yield from ()
+        meeting_point("host:port")
+
+    (found_wrong,) = examined("third", asks_for_too_much)
+    assert found_wrong.status == FAIL and found_wrong.detail.startswith("--meet=host:port must be")
     found = list(examined("second", check))
     assert [each.status for each in found] == [OK, WARN] and "KeyError: 'what'" in found[1].detail
     assert worst(found) == WARN and worst([]) == OK and worst([*found, Finding("x", FAIL, "")]) == FAIL
@@ -103,6 +113,23 @@ def test_small_shared_memory_and_few_files(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(machine.resource, "getrlimit", lambda which: (256, 256))
     found = next(machine.limits())
     assert found.status == WARN and "ulimit -n" in found.fix
+
+
+def test_where_runs_would_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking alone measures no speed, and still finds what cannot be written; a full disk is tried, too."""
+    monkeypatch.setattr(machine, "PROBE_BLOCK", 1 << 10)
+    assert [each.name for each in machine.disk(tmp_path / "not" / "there", 0)] == ["disk space"]
+    _, speed = machine.disk(tmp_path, 4 << 10)
+    assert speed.name == "disk speed" and str(tmp_path) in speed.detail
+    for num_bytes in (0, 4 << 10):
+        *_, locked = machine.disk(Path("/proc"), num_bytes)
+        assert locked.status == FAIL and "/proc cannot be written" in locked.detail and locked.fix
+
+
+def test_the_cause_of_a_run_that_broke_is_a_line() -> None:
+    box = "╭─ rank 1 of 2 failed: RuntimeError ──╮\n│ cannot find  │\n│ address for: lo │\n│ a.py:1 in b │\n│ c │\n╰──╯"
+    assert cause_in(f"start\n{box}\n") == "rank 1 of 2 failed: RuntimeError cannot find address for: lo a.py:1 in b"
+    assert cause_in("a\nmegacore: no such key\n") == "a megacore: no such key"
 
 
 def test_ports_of_infiniband(tmp_path: Path) -> None:
@@ -154,6 +181,17 @@ def test_a_page_for_people() -> None:
 
 
 @pytest.mark.slow
+def test_a_preflight_that_fails_ends_the_job_with_the_reason(tmp_path: Path) -> None:
+    letters = write_corpus(str(tmp_path / "letters"), 1)
+    words = words_of(letters, Path("/proc/run"), "parallel.tp=2")
+    command = [sys.executable, "-m", "megacore.launch.node", "--preflight", "--nproc", "2", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 1 and "disk: /proc cannot be written" in done.stdout, done.stderr
+    assert "rank 0 of 2 failed: pre-flight" in done.stderr and "--exclude=NODE" in done.stderr
+
+
+@pytest.mark.slow
 def test_everything_with_measuring(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "megacore", "doctor", "--json", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -161,6 +199,13 @@ def test_everything_with_measuring(tmp_path: Path) -> None:
     checks = {each["name"]: each for each in json.loads(done.stdout)["checks"]}
     assert checks["training"]["status"] == OK and "twice the same bits" in checks["training"]["detail"]
     assert "GB/s" in checks["wires within nodes"]["detail"] and "disk speed" in checks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", [3, 4])
+def test_training_on_any_number_of_ranks(nproc: int, tmp_path: Path) -> None:
+    (found,) = trains(tmp_path, nproc, "cpu")
+    assert found.status == OK, found.detail
 
 
 @pytest.mark.slow
