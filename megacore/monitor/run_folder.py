@@ -19,8 +19,9 @@ TRACKERS = "trackers.json"
 WANDB = "wandb"
 PROMETHEUS = "metrics.prom"
 REPORT = "report.html"
-STOP, SAVE = "STOP", "SAVE"
-"""Files that a person or a script makes in the folder of a run that is going on: it saves and stops, or saves."""
+STOP, SAVE, PROFILE_NOW = "STOP", "SAVE", "PROFILE"
+"""Files that a person or a script makes in the folder of a run that is going on: it saves and stops, or saves, or
+profiles its next steps."""
 
 RUN_FILES = (
     *(METRICS, EVENTS, LOG, CONFIG, TIMELINE, TENSORBOARD, PROFILE, COMMUNICATION, SKIPPED),

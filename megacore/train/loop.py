@@ -164,6 +164,8 @@ class Loop:
             if timed and clock is not None:
                 self.reporter.timeline(step, clock.read(self.built.trainer.plan(len(microbatches))))
             asked = self.flush()
+            if asked.profile and self.watching.ask(step + 1):
+                self.wishes.profiling()
             if self.guards.goes_back:
                 return self.go_back()
             self.late = Late(step, result, lr, began, ended, batch.size * c.train.seq_len)
@@ -234,7 +236,7 @@ class Loop:
     def evaluate(self, hurries: bool = True) -> Tensor | None:
         """Mean cross-entropy over the evaluation batches, a scalar on the device; with ``hurries`` None where the run
         is asked to stop meanwhile, which a batch later is seen."""
-        total = torch.zeros(4, dtype=torch.float64, device=self.built.mesh.device)
+        total = torch.zeros(5, dtype=torch.float64, device=self.built.mesh.device)
         before = None
         for microbatches in self.data.evaluation():
             batch = self.built.trainer.evaluate(microbatches)

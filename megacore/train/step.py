@@ -40,7 +40,7 @@ class StepResult:
     grad_norm: Tensor
     skipped: Tensor
     asked: Tensor
-    """[2] How many ranks wish the run to stop, and to save (``train.wishes``)."""
+    """[3] How many ranks wish the run to stop, to save, to be profiled (``train.wishes``)."""
     statistics: Statistics | None = None
     """Where they are due."""
     signal_to_noise: SignalToNoise | None = None
@@ -83,9 +83,9 @@ class Trainer:
         if fp8 is not None:
             storage.call_on_change(fp8.renew, fp8.forget)
         self.mesh = mesh = storage.mesh
-        no_wishes = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+        no_wishes = torch.zeros(3, dtype=torch.float64, device=mesh.device)
         self.wishes: Callable[[], Tensor] = lambda: no_wishes
-        """[2] What this rank asks of all, to stop and to save; asked for at the end of each step (``train.wishes``)."""
+        """[3] What this rank asks of all: to stop, save, profile; called at the end of each step (``train.wishes``)."""
         actions = Actions(
             reduce=lambda stage, unit: storage.reduce((stage, unit)),
             tied=self._sum_tied,
@@ -123,7 +123,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Inputs]) -> Tensor:
-        """[sum of cross-entropy, number of targets, wishes to stop and to save] of this rank's and all other ranks'
+        """[sum of cross-entropy, number of targets, wishes to stop, save, profile] of this rank's and all other ranks'
         part, float64 on the device."""
         return self._total(self.engine.run(self._forward_steps(len(microbatches)), microbatches))
 

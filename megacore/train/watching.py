@@ -1,7 +1,7 @@
 """What looks on while steps are taken: torch's profiler, NVTX ranges, and a log of all that ranks say to each other.
 
-Nothing of it is there unless it was asked for: `build` hands the mesh a log only then, and the engine gets its own way
-of doing an instruction back when the last watched step is over.
+Nothing of it is there unless it was asked for, by the run or, while it goes on, by a file PROFILE: the log keeps
+nothing else, and the engine gets its own way of doing an instruction back when the last watched step is over.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from megacore.mesh.collectives import agree, gather_objects
+from megacore.mesh.collectives import gather_objects
 from megacore.mesh.group import CommRecord, Ranges
 from megacore.mesh.mesh import ParallelMesh
 from megacore.monitor.kinds import as_json, merged, table
@@ -23,6 +23,8 @@ from megacore.train.build import Built
 from megacore.train.reporter import Reporter
 
 SUMMARY = "summary.json"
+STEPS_AT_ONCE = 3
+"""That are profiled when a file asks for it."""
 
 
 class Watching:
@@ -33,7 +35,9 @@ class Watching:
         log, self.mesh, self.built = built.config.log, built.mesh, built
         self.out = Path(built.config.out)
         first, last = log.profile or (1, 0)
-        self.profiled, self.logged = range(first, last + 1), range(1, log.communication + 1)
+        self.planned, self.logged = range(first, last + 1), range(1, log.communication + 1)
+        self.asked, self.last_step = range(0), built.config.train.steps
+        """Steps that a file has asked for; the run's last one."""
         self.mine = not log.profile_ranks or self.mesh.rank in log.profile_ranks
         self.log = self.mesh.world.log
         self.nvtx = log.nvtx
@@ -49,11 +53,24 @@ class Watching:
                 )
             self.stack.enter_context(self._named(nvtx_range))
 
+    def ask(self, step: int) -> bool:
+        """Profile a few steps from ``step`` on, now that all ranks know of the wish; whether that is to be: not while
+        others are, or where some would be in between."""
+        wanted = range(step, min(step + STEPS_AT_ONCE, self.last_step + 1))
+        if not wanted or any(set(wanted).intersection(known) for known in (self.asked, self.planned)):
+            return False
+        self.asked = wanted
+        return True
+
+    def profiled(self, step: int) -> range:
+        """The steps that are profiled together with ``step``; none where it is not."""
+        return next((known for known in (self.asked, self.planned) if step in known), range(0))
+
     def begin(self, step: int) -> None:
         """Right before a step."""
         if step in self.logged and self.log is not None:
             self.log.keeps = True
-        if step in self.profiled and self.mine:
+        if self.mine and self.profiled(step):
             if self.profile is None:
                 self.began, self.profile = step, Profile(self.mesh.device)
                 self.step_range.enter_context(self._named(with_nvtx if self.nvtx else record_function))
@@ -65,9 +82,10 @@ class Watching:
             self.log.keeps = False
             write_log(self.out / COMMUNICATION / f"rank-{self.mesh.rank}.jsonl", step, self.log, self.mesh)
             self.log.clear()
-        if step not in self.profiled:
+        profiled = self.profiled(step)
+        if not profiled:
             return step in self.logged
-        if step < self.profiled[-1]:
+        if step < profiled[-1]:
             return False
         self._summarise(step, reporter)
         return True
@@ -81,23 +99,33 @@ class Watching:
 
     def _summarise(self, step: int, reporter: Reporter) -> None:
         """Traces of all ranks that look, and what their time went into; all ranks come here."""
+        asked = step in self.asked
+        folder = self.out / PROFILE / (f"step-{self.asked[0]:08d}" if asked else "")
         mine: Profiled | None = None
-        error: OSError | None = None
+        problem = ""
         if self.profile is not None:
             self.step_range.close()
             profile, self.profile = self.profile, None
             try:
-                mine = profile.end(self.out / PROFILE / f"rank-{self.mesh.rank}.json.gz")
-            except OSError as reason:
-                error = reason
-        agree(error, self.mesh.world)
-        ranks = {rank: each for rank, each in enumerate(gather_objects(mine, self.mesh.world)) if each is not None}
-        if self.mesh.rank == 0:
-            first = max(self.profiled[0], self.began or step)
+                mine = profile.end(folder / f"rank-{self.mesh.rank}.json.gz")
+            except OSError as error:
+                problem = f"rank {self.mesh.rank} could not write its profile: {error}"
+        all_ranks = gather_objects((mine, problem), self.mesh.world)
+        ranks = {rank: each for rank, (each, _) in enumerate(all_ranks) if each is not None}
+        first, self.began = max(self.profiled(step)[0], self.began or step), 0
+        if self.mesh.rank != 0:
+            return
+        problems = [each for _, each in all_ranks if each]
+        if ranks:
             summary = summary_of(ranks, first, step, self.mesh.device.type)
-            (self.out / PROFILE).mkdir(parents=True, exist_ok=True)
-            (self.out / PROFILE / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-            reporter.profiled(lines_of(ranks, first, step), self.out / PROFILE, summary["kinds"])
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+            except OSError as error:
+                problems.append(f"the profile's summary could not be written: {error}")
+            reporter.profiled(lines_of(ranks, first, step), folder, summary["kinds"])
+        for each in problems[:1]:  # a full disk is no reason to end a run that somebody looks at
+            reporter.warn("warning", each, step=step)
 
     @contextmanager
     def _named(self, ranges: Ranges) -> Iterator[None]:

@@ -17,9 +17,9 @@ from tests.engine.common import built_rank, run_config, step_of
 from tests.pool import WorkerPool
 
 Seen = list[tuple[str, int]]
-WISHES = ("all_reduce", 2)
-"""Wishes to stop and to save: a tensor-parallel group has equal sums of losses, but each rank has wishes of its own."""
-TOTALS = ("all_reduce", 4)
+WISHES = ("all_reduce", 3)
+"""To stop, save, profile: a tensor-parallel group has equal sums of losses, but each rank has wishes of its own."""
+TOTALS = ("all_reduce", 5)
 """Loss and count, and the wishes with them."""
 
 

@@ -194,7 +194,7 @@ def test_nothing_but_activations_and_their_gradients_travels(pool: WorkerPool, s
     for rank, records in enumerate(pool.run(log_of_rank, pp, pp, config)):
         sends = [("pp", "send", activation)] * len(listed.ranks[rank].having(*SENDS))
         assert records[: len(sends)] == sends
-        assert sorted(records[len(sends) :])[1:] == [("pp", "all_reduce", 4)]
+        assert sorted(records[len(sends) :])[1:] == [("pp", "all_reduce", 5)]
         assert sorted(records[len(sends) :])[0][:2] == ("model", "all_reduce")
 
 

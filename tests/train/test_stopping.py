@@ -13,7 +13,7 @@ import torch
 
 from megacore.exits import STOPPED
 from megacore.launch.train import main
-from megacore.monitor.run_folder import METRICS, SAVE, STOP
+from megacore.monitor.run_folder import METRICS, PROFILE_NOW, SAVE, STOP
 from megacore.train.loop import Loop
 from megacore.train.wishes import LOOK_EVERY_S, Asked, Wishes
 from tests.train.runs import STEPS, events, figures, last_state, words_of
@@ -126,6 +126,34 @@ def test_wishes_of_one_rank(tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
+
+
+def test_files_that_cannot_be_removed_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of another user in a folder that all may write to: the run must not stop, or save, again and again."""
+    (tmp_path / STOP).touch()
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path: os.unlink(tmp_path / "not" / "ours"))
+    wishes = Wishes(tmp_path, True, CPU, iter(range(100)).__next__)
+    assert Asked.of(wishes.now()) == Asked(), "it was there before the run"
+    for name, asked in ((SAVE, Asked(save=1)), (PROFILE_NOW, Asked(profile=1))):
+        (tmp_path / name).touch()
+        assert Asked.of(wishes.now()) == asked
+        (wishes.saved if name == SAVE else wishes.profiling)()
+        assert Asked.of(wishes.now()) == Asked(), "it is done"
+        os.utime(tmp_path / name, ns=(1, 1))  # made anew
+        assert Asked.of(wishes.now()) == asked
+        monkeypatch.setattr(Path, "unlink", unlink)
+        (wishes.saved if name == SAVE else wishes.profiling)()
+        assert not (tmp_path / name).exists() and Asked.of(wishes.now()) == Asked()
+        monkeypatch.setattr(Path, "unlink", lambda path: os.unlink(tmp_path / "not" / "ours"))
+
+
+def test_folders_of_their_names_are_no_wishes(tmp_path: Path) -> None:
+    """Some file systems do not tell PROFILE from the folder profile."""
+    wishes = Wishes(tmp_path, True, CPU, iter(range(100)).__next__)
+    for name in (STOP, SAVE, PROFILE_NOW):
+        (tmp_path / name).mkdir()
+    assert Asked.of(wishes.now()) == Asked()
 
 
 @pytest.mark.slow

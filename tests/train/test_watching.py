@@ -2,6 +2,10 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,16 +17,19 @@ from megacore.config.errors import ConfigError
 from megacore.config.load import load
 from megacore.config.schema import RunConfig
 from megacore.config.validate import check
+from megacore.exits import STOPPED
 from megacore.launch.train import main
 from megacore.mesh.group import Group
 from megacore.mesh.named import named
 from megacore.monitor import profile as profiling
-from megacore.monitor.run_folder import COMMUNICATION, PROFILE
+from megacore.monitor.run_folder import COMMUNICATION, METRICS, PROFILE, PROFILE_NOW, STOP
+from megacore.train.loop import Loop
 from megacore.train.schedule import plan_schedule
-from megacore.train.watching import SUMMARY, Watching
+from megacore.train.watching import STEPS_AT_ONCE, SUMMARY, Watching
 from tests.engine.common import built_rank, run_config, step_of
 from tests.pool import WorkerPool
 from tests.train.runs import events, words_of
+from tests.train.test_stopping import wait_for
 
 
 def trace_of(out: Path, rank: int) -> list[dict[str, Any]]:
@@ -48,6 +55,61 @@ def test_a_profiled_run(letters: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert {"F", "B", "O"} <= set(summary["ranks"]["0"]["instructions_ms"])
     assert len(events(out, "profile")) == 1
     assert (out / COMMUNICATION / "rank-0.jsonl").read_text() == "", "one process says nothing"
+
+
+@pytest.mark.slow
+def test_a_file_asks_for_a_profile_while_the_run_goes_on(
+    letters: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    monkeypatch.setattr("megacore.train.wishes.LOOK_EVERY_S", 0.0)
+    (out / PROFILE_NOW).parent.mkdir()
+    (out / PROFILE_NOW).touch()  # of before the start
+    step = Loop.flush
+    calls: list[int] = []
+
+    def flush(loop: Loop) -> Any:
+        calls.append(1)
+        if len(calls) in (2, 7):  # the second while the first profile is under way: it waits for its end
+            (out / PROFILE_NOW).touch()
+        return step(loop)
+
+    monkeypatch.setattr(Loop, "flush", flush)
+    words = words_of(letters, out, "train.steps=16", "train.eval_every=0", "checkpoint.save_every=0", "profile=[14,15]")
+    assert main(words) == 0
+    assert not (out / PROFILE_NOW).exists()
+    folders = sorted(path.parent.name for path in (out / PROFILE).rglob(SUMMARY))
+    asked = [name for name in folders if name.startswith("step-")]
+    assert len(asked) == 2 and len(folders) == 3
+    steps = [json.loads((out / PROFILE / name / SUMMARY).read_text())["steps"] for name in asked]
+    assert [last - first + 1 for first, last in steps] == [STEPS_AT_ONCE] * 2
+    assert 3 <= steps[0][0] < steps[0][1] < steps[1][0] and steps[1][1] < 14
+    assert json.loads((out / PROFILE / SUMMARY).read_text())["steps"] == [14, 15]
+    assert len(events(out, "profile")) == 3
+
+
+@pytest.mark.slow
+def test_all_ranks_profile_the_same_steps(letters: str, tmp_path: Path) -> None:
+    words = words_of(letters, tmp_path, "parallel.pp=2", "--nproc", "2", "train.steps=20000", "train.eval_every=0")
+    command = [sys.executable, "-m", "megacore", "train", *words, "checkpoint.save_every=0", "optim.decay_steps=6"]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    wait_for(tmp_path / METRICS)
+    (tmp_path / PROFILE_NOW).touch()
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / PROFILE).rglob(SUMMARY)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (tmp_path / STOP).touch()
+    assert process.wait(60) == STOPPED
+    (folder,) = (tmp_path / PROFILE).iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["rank-0.json.gz", "rank-1.json.gz", SUMMARY]
+    first, last = json.loads((folder / SUMMARY).read_text())["steps"]
+    assert last - first + 1 == STEPS_AT_ONCE and folder.name == f"step-{first:08d}"
+    for rank in (0, 1):
+        with gzip.open(folder / f"rank-{rank}.json.gz") as file:
+            names = [each["name"] for each in json.load(file)["traceEvents"] if each.get("ph") == "X"]
+        assert [name for name in names if name.startswith("step ")] == [
+            f"step {each}" for each in range(first, last + 1)
+        ]
 
 
 def watched(rank: int, world_size: int, config: RunConfig) -> list[str]:
@@ -99,6 +161,24 @@ def test_several_ranks(pool: WorkerPool, tmp_path: Path) -> None:
     assert [line["bytes"] for line in sends] == [line["bytes"] for line in receives] == [32 * 24 * 8] * 4
     assert {line["peer"] for line in sends} == {2} and {line["peer"] for line in receives} == {0}
     assert {line["step"] for log in records for line in log} == {1}
+
+
+@pytest.mark.slow
+def test_a_profile_that_cannot_be_written_ends_no_run(letters: str, tmp_path: Path) -> None:
+    (tmp_path / PROFILE).symlink_to(tmp_path / "no" / "such" / "folder")
+    assert main(words_of(letters, tmp_path, "profile=[2,2]", "train.eval_every=0", "train.steps=3")) == 0
+    (warning,) = events(tmp_path, "warning")
+    assert warning["step"] == 2 and "rank 0 could not write its profile" in warning["text"]
+
+
+def test_one_profile_at_a_time() -> None:
+    watching = Watching(built_rank(0, 1, run_config(1, "train.steps=20", "log.profile=[8,9]")))
+    assert not watching.ask(6), "the run's own would begin within it"
+    assert watching.ask(3) and watching.asked == range(3, 6)
+    assert not watching.ask(4), "it is under way"
+    assert [step for step in range(1, 21) if watching.profiled(step)] == [3, 4, 5, 8, 9]
+    assert watching.ask(19) and watching.asked == range(19, 21), "no more than there are"
+    assert not watching.ask(21)
 
 
 def test_nothing_is_there_when_nobody_looks() -> None:
