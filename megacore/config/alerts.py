@@ -4,6 +4,7 @@
     loss > 1.5 * mean(loss, 50)                      the mean of the 50 records before this one
     share(grad_norm > clip_grad, 1000) > 5%          of the 1000 records before this one
     gpu.utilization.mean < 50% for 3                 three records in a row
+    gpu.slowed.max > 0 for 60 s                      all records of a minute, however many these are
     event hang                                       something that events.jsonl names
 
 Names are the numbers of metrics.jsonl, dotted where they lie deeper, and a few more (``MORE``). What a record does not
@@ -39,12 +40,13 @@ DEFAULTS = (
     "grad_norm > 100",
     "share(grad_norm > clip_grad, 1000) > 5%",
     "loss > 1.5 * mean(loss, 50)",
-    "gpu.utilization.mean < 50% for 3",
-    "gpu.slowed.max > 0 for 3",
+    "gpu.utilization.mean < 50% for 60 s",
+    "gpu.slowed.max > 0 for 60 s",
     "gpu.ecc_errors.max > 0",
     "memory_headroom < 10%",
-    "step_time_s > 2 * median(step_time_s, 50) for 3",
-    "tokens_per_s < 0.7 * median(tokens_per_s, 50) for 5",
+    # medians, and minutes: neighbours on a shared machine, a save or an evaluation make no alert. Tokens, not steps:
+    # a batch that grows makes these longer
+    "median(tokens_per_s, 10) < 0.7 * median(tokens_per_s, 200) for 180 s",
     "steps_since_save > 5000",
     *("event hang", "event spike", "event corruption", "event straggler", "event save_failed", "event fault"),
 )
@@ -115,6 +117,8 @@ class AlertRule:
     condition: Condition | None = None
     lasting: int = 1
     """Records in a row for which the condition must hold."""
+    lasting_s: float = 0.0
+    """And seconds."""
     windows: tuple[Window, ...] = ()
 
     def remember(self, record: Record) -> None:
@@ -162,9 +166,13 @@ class _Reader:
             self._end()
             return AlertRule(self.text, name)
         condition = self.condition()
-        lasting = self.count("for") if self._take("for") else 1
+        lasting, seconds = 1, 0.0
+        if self._take("for"):
+            lasting = self.count("for")
+            if self._take("s"):
+                lasting, seconds = 1, float(lasting)
         self._end()
-        return AlertRule(self.text, "", condition, lasting, tuple(self.windows))
+        return AlertRule(self.text, "", condition, lasting, seconds, tuple(self.windows))
 
     def condition(self) -> Condition:
         """sum OP sum."""

@@ -24,6 +24,10 @@ class State:
     rule: AlertRule
     held: int = 0
     """Records in a row."""
+    began_at: float = 0.0
+    """When the first of them was."""
+    lasts: bool = False
+    """For as long as the rule says."""
     raised: bool = False
     told_at: float | None = None
     untold: int = 0
@@ -69,12 +73,15 @@ class Alerts:
                 text = f"{rule.text} is over (since step {state.since_step})"
                 facts = {"step": step, "alert": rule.text, "text": text, "since_step": state.since_step}
                 self.told("alert_over", facts)
-            state.held = 0
+            state.held, state.lasts = 0, False
             return
+        if not state.held:
+            state.began_at = self.clock()
         state.held += 1
-        if state.held < rule.lasting or state.raised:
+        if state.raised or state.held < rule.lasting or self.clock() - state.began_at < rule.lasting_s:
             return
-        if state.held == rule.lasting:
+        if not state.lasts:
+            state.lasts = True
             state.untold += 1
             state.since_step = step
         if not self._quiet(state, QUIET_S):

@@ -1,6 +1,7 @@
 """Alerts are told once until they are over, and sent without holding up who raises them."""
 
 import json
+import random
 import sys
 import threading
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megacore.config.alerts import DEFAULTS
 from megacore.monitor.alerts import EVENT_QUIET_S, QUIET_S, Alerts
 from megacore.monitor.sinks import Outbox, targets_of
 
@@ -55,6 +57,51 @@ def test_it_must_last_as_long_as_the_rule_says():
     book = Book("loss > 3 for 3")
     assert book.see(4, 4, 1, 4, 4) == []
     assert book.see(4) == [("alert", 6, None)]
+
+
+def test_it_must_last_as_many_seconds_as_the_rule_says():
+    book = Book("loss > 3 for 60 s")
+    assert book.see(4, 4) == []
+    book.now = 59.0
+    assert book.see(4, 1) == []
+    assert book.see(*[4] * 100) == [], "begun anew"
+    book.now = 119.0
+    assert book.see(4, 4) == [("alert", 105, None)]
+    assert book.see(1) == [("alert_over", 107, None)]
+
+
+def rates(seed: int, number: int, seconds: float, drop: float = 1.0) -> list[tuple[float, float]]:
+    """(time, tokens per second) as a shared machine gives them: neighbours take up to half of it for seconds at a time,
+    and each tenth step waits for a save; from two thirds on ``drop`` of it is left."""
+    rng, found, now, share, until = random.Random(seed), [], 0.0, 1.0, 0.0
+    for step in range(number):
+        if now >= until:
+            share, until = rng.choice([1.0, 1.0, 0.9, 0.75, 0.5]), now + rng.uniform(2, 25)
+        rate = 1000 * share * rng.uniform(0.8, 1.0) * (0.2 if step % 10 == 0 else 1.0)
+        rate *= drop if step > number * 2 / 3 else 1.0
+        now += seconds * 1000 / rate
+        found.append((now, rate))
+    return found
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.3, 2.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_usual_rules_keep_quiet_on_a_busy_machine(seed, seconds):
+    book = Book(*DEFAULTS)
+    for step, (now, rate) in enumerate(rates(seed, 2000, seconds), start=1):
+        book.now = now
+        book.alerts.see(step, {"tokens_per_s": rate, "step_time_s": 1000 / rate, "loss": 2.0})
+    assert book.told == []
+
+
+@pytest.mark.parametrize("seconds", [2.0, 20.0])
+def test_usual_rules_see_a_rate_that_stays_low(seconds):
+    book = Book(*DEFAULTS)
+    for step, (now, rate) in enumerate(rates(1, 900, seconds, drop=0.4), start=1):
+        book.now = now
+        book.alerts.see(step, {"tokens_per_s": rate})
+    (alert, *_) = book.told
+    assert alert[0] == "alert" and 600 < alert[1] < 680
 
 
 def test_events_of_a_kind_are_told_once_in_a_while():
