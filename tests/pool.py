@@ -181,4 +181,5 @@ def run_job(job: Job) -> Any:
     try:
         return function(job.rank, *args)
     finally:
-        distributed.destroy_process_group()
+        if distributed.is_initialized():  # whole runs leave by themselves
+            distributed.destroy_process_group()

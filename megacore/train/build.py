@@ -46,6 +46,7 @@ from megacore.spec.stages import layers_of_stages
 from megacore.train.failpoints import Failpoints
 from megacore.train.modules import make_modules
 from megacore.train.schedule import own_schedule_hash, plan_schedule
+from megacore.train.spoiling import arm
 from megacore.train.step import Trainer
 
 DTYPES = (("fp64", torch.float64), ("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16))
@@ -154,6 +155,7 @@ def build_on(config: RunConfig, mesh: ParallelMesh, device: torch.device, phases
     chosen = (*(c for c in choices if c.operation in used), *of_modules, *of_fp8, *rule.kernels)
     reasons = (*explain(device, dtype, chosen), *packages()) if config.kernels.explain else ()
     failpoints = Failpoints.of(os.environ, mesh.rank)
+    arm(failpoints, trainer)
     return Built(config, spec, mesh, stages, storage, trainer, chosen, reasons, failpoints)
 
 

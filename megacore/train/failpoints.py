@@ -4,6 +4,11 @@ POINT is ``step`` (before a step begins) or an operation of the save after it, w
 have begun: ``write``, ``fsync``, ``rename``, ``remove``; before the first save STEP is 0 for these. N counts them from
 1 (the default) within a save. RANK and STEP may be ``*``. ACTION is ``kill`` (SIGKILL), ``raise``, ``enospc`` (as of a
 full disk) or ``hang``. Several are separated by commas.
+
+Memory fails, too (``train.spoiling``): POINT is what is spoilt, ``weight``, ``moment`` or ``number`` (such as the loss
+scale) before the step begins, ``gradient`` when it is summed over ranks, before it is clipped, or ``activation``, what
+a block gives in the first microbatch; N says which tensor, or block, of this rank. ACTION is then ``bitflip``, ``nan``
+or ``inf``, of one element.
 """
 
 import errno
@@ -11,12 +16,14 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 VARIABLE = "MEGACORE_FAIL"
 POINTS = ("step", "write", "fsync", "rename", "remove")
 ACTIONS = ("kill", "raise", "enospc", "hang")
+IN_MEMORY = ("weight", "moment", "number", "gradient", "activation")
+SPOILING = ("bitflip", "nan", "inf")
 
 
 class Provoked(RuntimeError):
@@ -40,6 +47,8 @@ class Failpoints:
     def __init__(self, faults: tuple[Fault, ...] = ()) -> None:
         self.faults, self.step = faults, 0
         self.seen: Counter[str] = Counter()
+        self.begun: Callable[[int], None] = lambda step: None
+        """Told of each step that begins; where memory is to fail, ``train.spoiling`` listens."""
 
     @classmethod
     def of(cls, environment: Mapping[str, str], rank: int) -> "Failpoints":
@@ -50,6 +59,7 @@ class Failpoints:
     def begin(self, step: int) -> None:
         """A step begins."""
         self._hit("step", step, 1)
+        self.begun(step)
 
     def begin_save(self, step: int) -> None:
         """The save after a step begins; the one before has ended."""
@@ -76,12 +86,14 @@ def parse(text: str) -> Fault:
     if len(parts) == 4:
         point, _, count = parts[0].partition("#")
         numbers = [None if part == "*" else _number(part) for part in parts[1:3]]
-        known = point in POINTS and parts[3] in ACTIONS and _number(count or "1") > 0
+        of_point = {**dict.fromkeys(POINTS, ACTIONS), **dict.fromkeys(IN_MEMORY, SPOILING)}
+        known = parts[3] in of_point.get(point, ()) and _number(count or "1") > 0
         if known and all(number is None or number >= 0 for number in numbers):
             return Fault(point, int(count or 1), numbers[0], numbers[1], parts[3])
     raise ValueError(
         f"{VARIABLE}={text} is not POINT[#N]:RANK:STEP:ACTION with POINT one of {', '.join(POINTS)}, ACTION one of "
-        f"{', '.join(ACTIONS)}, and numbers or * between; write write#2:0:100:kill, or unset it"
+        f"{', '.join(ACTIONS)}, or POINT one of {', '.join(IN_MEMORY)}, ACTION one of {', '.join(SPOILING)}, and "
+        "numbers or * between; write write#2:0:100:kill, or unset it"
     )
 
 

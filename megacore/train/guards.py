@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 GUARD = "guard"
 """Key of a checkpoint's state."""
+MOST_TOLD = 8
+"""Tensors that differ of which each is told: one bad gradient makes all of a rank's differ, by way of the norm."""
 
 
 class CopiesDiffer(RuntimeError):
@@ -54,7 +56,7 @@ class Guards:
         self, built: Built, data: RunData, keeper: Keeper, reporter: Reporter, ledger: Ledger, state: Mapping[str, Any]
     ) -> None:
         self.config, self.guard, self.mesh = built.config, built.config.guard, built.mesh
-        self.storage, self.data, self.keeper, self.reporter = built.storage, data, keeper, reporter
+        self.trainer, self.data, self.keeper, self.reporter = built.trainer, data, keeper, reporter
         self.ledger = ledger
         self.spikes = SpikeGuard(self.guard, state.get(GUARD, {}))
         self.goes_back = False
@@ -76,12 +78,13 @@ class Guards:
                 self.reporter.warn("straggler", each.text, step=step, rank=each.own.rank, host=each.own.host)
         every = self.guard.replicas_every
         if every and step % every == 0:
-            found = differences(self.storage)
-            for one in found:
+            found = differences(self.trainer)
+            for one in found[:MOST_TOLD]:
                 self.reporter.warn("corruption", one.text, step=step, name=one.name, ranks=list(one.ranks))
             if found:
+                more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
                 raise CopiesDiffer(
-                    f"step {step}: {found[0].text}. The run ends here and goes on from its newest checkpoint"
+                    f"step {step}: {found[0].text}{more}. The run ends here and goes on from its newest checkpoint"
                 )
 
     def see(self, step: int, loss: float) -> None:

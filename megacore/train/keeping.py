@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megacore.checkpoint.find import ASIDE, CHECKPOINTS, LATEST, checkpoints_of, folder_of, step_of, steps_in
+from megacore.checkpoint.hf.folder import TOKENIZER
+from megacore.checkpoint.hf.same_tokenizer import HASH, is_same, joined
 from megacore.checkpoint.manifest import MANIFEST, TRAINING
 from megacore.checkpoint.opening import open_weights
 from megacore.checkpoint.read import Checkpoint
@@ -73,6 +75,8 @@ class Keeper:
         self.goes_on_from = 0
         self.saver: Saver | None = None
         self.attachments: Mapping[str, bytes] = {}
+        self.other_tokenizer = False
+        """Whether the weights that the run begins with came with another tokenizer than its own."""
         self.last: Outcome | None = None
         self.exporter: Exporter | None = None
 
@@ -120,12 +124,14 @@ class Keeper:
         self.state.publish()
         return what
 
-    def prepare(self, attachments: Mapping[str, bytes]) -> None:
+    def prepare(self, tokenizer: Mapping[str, bytes]) -> None:
         """Make room for checkpoints, now that it is certain that the run begins, and get ready to save, if that will be
-        due; ``attachments`` go with each checkpoint."""
+        due; the files of the ``tokenizer`` go with each checkpoint."""
         self._put_aside(self.goes_on_from)
-        c = self.config.checkpoint
-        self.attachments = {**self.attachments, **attachments}
+        c, spec = self.config.checkpoint, self.config.data.tokenizer
+        theirs = any(name.startswith(TOKENIZER) for name in self.attachments)
+        self.other_tokenizer = bool(theirs and spec) and not is_same(self.attachments, tokenizer, spec)
+        self.attachments = joined(self.attachments, tokenizer, spec)
         if not (c.save_every or c.export_hf_every):
             return
         self.saver = self._saver()
@@ -144,7 +150,16 @@ class Keeper:
         return Saver(self.store, parts, beside, self.retention, self.config.checkpoint.async_save, time.perf_counter)
 
     def check_data(self, resumed: Resumed, data: RunData) -> None:
-        """Raise ConfigError where samples are no more what they were."""
+        """Raise ConfigError where samples, or what their tokens stand for, are no more what they were."""
+        before, now = resumed.state.get(HASH), data.tokenizer
+        if before and now is not None and now.hash != before:
+            raise ConfigError(
+                [
+                    f"data.tokenizer={now.spec!r} is not the tokenizer that {resumed.what} was trained with (content "
+                    f"hash {before[:12]} then, {now.hash[:12]} now): its ids would mean other text; give back that "
+                    "one, or start anew from the weights with checkpoint.init_from"
+                ]
+            )
         if resumed.state["data"] != data.identity:
             raise ConfigError(
                 [
@@ -185,6 +200,7 @@ class Keeper:
             "tokens": reporter.tokens,
             "skipped": reporter.skipped if self.rank == 0 else 0,
             "data": data.identity,
+            HASH: "" if data.tokenizer is None else data.tokenizer.hash,
         }
         state |= more or {}
         if val_loss is not None and math.isfinite(val_loss):  # no other number is the best of any, or JSON

@@ -1,7 +1,7 @@
 """A run from its first step to its last: the loop that everything else serves."""
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ def train(
         device = join(config, info)
     wishes = Wishes(Path(config.out), info.rank == 0, device)
     try:
-        with wishes.listening():
+        with wishes.listening(for_good=info.world_size > 1):
             return run(info, config, device, phases, colour, width, wishes, remarks)
     finally:
         process_group.stop()
@@ -98,15 +98,26 @@ def live(
     heart.events = None if reporter.files is None else reporter.files.events
     try:
         reporter.start(built, data, phases, weights, remarks)
-        return Loop(built, data, reporter, keeper, wishes, watching, heart, guards).run(start[0])
+        if weights and keeper.other_tokenizer:
+            spec = config.data.tokenizer
+            reporter.warn("warning", f"data.tokenizer={spec} is not the one of {weights}: ids now mean other text")
+        code = Loop(built, data, reporter, keeper, wishes, watching, heart, guards).run(start[0])
     except BaseException as error:
-        reporter.fault(error)
+        with suppress(Exception):  # what fails in the wake of a fault must not hide it
+            reporter.fault(error)
+        with suppress(Exception):
+            let_go(heart, watching, keeper, reporter)
         raise
-    finally:
-        heart.events = None
-        watching.close()
-        keeper.close()
-        reporter.close()
+    let_go(heart, watching, keeper, reporter)
+    return code
+
+
+def let_go(heart: Heart, watching: Watching, keeper: Keeper, reporter: Reporter) -> None:
+    """Close all that one life of a run has opened, whatever becomes of some of it."""
+    heart.events = None
+    with ExitStack() as stack:
+        for each in (reporter, keeper, watching):  # the last one first
+            stack.callback(each.close)
 
 
 @dataclass

@@ -86,6 +86,8 @@ class Trainer:
         no_wishes = torch.zeros(3, dtype=torch.float64, device=mesh.device)
         self.wishes: Callable[[], Tensor] = lambda: no_wishes
         """[3] What this rank asks of all: to stop, save, profile; called at the end of each step (``train.wishes``)."""
+        self.summed: Callable[[Sequence[Tensor]], None] = nothing
+        """Is shown this rank's gradients when they are summed, before they are clipped."""
         actions = Actions(
             reduce=lambda stage, unit: storage.reduce((stage, unit)),
             tied=self._sum_tied,
@@ -174,6 +176,7 @@ class Trainer:
     def _optimize(self, sums: Sums) -> None:
         storage, grads = self.storage, self.storage.own_grads
         storage.finish()
+        self.summed(grads)
         total = self._total(sums)
         cross_entropy, num_targets = total[:2]
         if self.watch is not None and self.watched:

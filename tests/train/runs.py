@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megacore.config.schema import RunConfig
 from megacore.data.indexed import IndexedWriter
 from megacore.exits import run
-from megacore.launch.train import main
+from megacore.launch.train import main, parser, requested
 from megacore.monitor.jsonl import read_json_lines
 from megacore.monitor.run_folder import EVENTS, METRICS
 from megacore.train.failpoints import VARIABLE, Provoked
@@ -111,3 +112,8 @@ def told(capsys: pytest.CaptureFixture[str], words: list[str], code: int = 2) ->
     error = capsys.readouterr().err
     assert ("Traceback" in error) == (code == 1)
     return error
+
+
+def requested_by(words: list[str], world_size: int) -> RunConfig:
+    """The checked and resolved run of a command line, for so many ranks."""
+    return requested(parser().parse_intermixed_args([*words, "--nproc", str(world_size)]), None)[0]

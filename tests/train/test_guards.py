@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from megacore.checkpoint.read import Checkpoint
 from megacore.config.schema import GuardConfig
 from megacore.config.validate import validate
 from megacore.data.skipping import place
 from megacore.launch.train import main
 from megacore.monitor.run_folder import SKIPPED
+from megacore.train.failpoints import VARIABLE, Provoked
 from megacore.train.replicas import digest, odd_ones
 from megacore.train.spikes import FEWEST, Ledger, SpikeGuard
 from megacore.train.stragglers import OwnTime, slow_ones
@@ -121,6 +123,30 @@ def test_what_cannot_be_undone_is_told(letters: str, tmp_path: Path, monkeypatch
     assert "no checkpoint before it" in events(other, "spike")[0]["not_undone"]
 
 
+def test_a_nan_poisons_neither_a_run_nor_the_one_that_goes_on(
+    letters: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One loss is none, so its step is skipped; what is resumed then skips nothing, and knows a jump from a ripple."""
+    spoil(monkeypatch, bad=8 * 26)
+    more = ("train.steps=30", "train.eval_every=0", "checkpoint.save_every=5", "optim.decay_steps=30")
+    monkeypatch.setenv(VARIABLE, "activation#2:0:18:nan")
+    assert main(words_of(letters, tmp_path / "whole", *more)) == 0
+    monkeypatch.setenv(VARIABLE, "activation#2:0:18:nan,step:0:23:raise")
+    words = words_of(letters, tmp_path / "run", *more)
+    with pytest.raises(Provoked):
+        main(words)
+    kept = Checkpoint.open(str(tmp_path / "run")).manifest.state["guard"]["losses"]
+    assert len(kept) == 19 and all(map(math.isfinite, kept)) and len(kept) > FEWEST
+    monkeypatch.delenv(VARIABLE)
+    assert main(words) == 0
+    assert events(tmp_path / "run", "resume")[0]["step"] == 20
+    assert {each["first_step"] for each in events(tmp_path / "run", "skip")} == {18}
+    assert [each["step"] for each in figures(tmp_path / "run") if each["skipped"]] == [18]
+    assert [each["step"] for each in events(tmp_path / "run", "spike")] == [27]
+    assert figures(tmp_path / "run")[18:] == figures(tmp_path / "whole")[18:]
+    assert last_state(tmp_path / "run", 30) == last_state(tmp_path / "whole", 30)
+
+
 def test_rules_of_guards() -> None:
     from megacore.config.load import load
 
@@ -147,23 +173,6 @@ def test_who_differs() -> None:
     assert odd_ones({0: 5, 1: 5, 2: 5}) is None
     assert odd_ones({0: 5, 3: 5, 6: 4}) == ((6,), True)
     assert odd_ones({0: 5, 1: 4}) == ((0, 1), False)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "words", [("parallel.zero=0",), ("parallel.zero=1",), ("parallel.zero=3", "parallel.dp_shard=1")]
-)
-def test_a_flipped_bit_is_found(words: tuple[str, ...], letters: str, tmp_path: Path) -> None:
-    """Of three replicas one is spoilt after a step: rank and parameter are named, and nothing spoilt is saved."""
-    from megacore.launch.processes import run_local
-    from tests.train.spoiling import TARGET, config_of
-
-    config = config_of(words_of(letters, tmp_path, "train.global_batch_size=6", "guard.replicas_every=1", *words), 3)
-    said: list[str] = []
-    assert run_local(TARGET, (config,), 3, said.append) == 1
-    (found, *_) = events(tmp_path, "corruption")
-    assert found["ranks"] == [1] and found["step"] == 3 and "layers.1.mlp.down.weight" in found["name"]
-    assert "CopiesDiffer" in "".join(said)
 
 
 def test_the_slow_rank_is_named() -> None:

@@ -120,7 +120,8 @@ def busy_of_rank(rank: int, config: RunConfig) -> tuple[list[int], list[int], fl
     keeper.store = LocalStore(Path(config.out) / "checkpoints", slow)
     keeper.prepare({})
     assert keeper.saver is not None
-    data: Any = SimpleNamespace(plan=SimpleNamespace(num_samples=lambda step: 8 * step), identity="x")
+    plan = SimpleNamespace(num_samples=lambda step: 8 * step)
+    data: Any = SimpleNamespace(plan=plan, identity="x", tokenizer=None)
     began, before = time.perf_counter(), []
     for step in (1, 2, 3):
         steps(built, step, step)

@@ -17,6 +17,7 @@ from megacore.checkpoint.hf.family import Family, family_for
 from megacore.checkpoint.hf.files import CONFIG, GENERATION, INDEX, WEIGHTS
 from megacore.checkpoint.hf.folder import original
 from megacore.checkpoint.hf.placement import Placements, Run
+from megacore.checkpoint.hf.same_tokenizer import check_export
 from megacore.checkpoint.hf.strict_json import write_object
 from megacore.checkpoint.hf.tokenizer import tokenizer_files
 from megacore.checkpoint.pool import Report, do_all, workers_for
@@ -93,6 +94,7 @@ def export(
         raise ValueError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
     if pad_vocab_multiple < 1 or shard_bytes < 1:
         raise ValueError(f"--pad-vocab-multiple {pad_vocab_multiple} and --shard-size {shard_bytes} must be at least 1")
+    check_export(source)
     destination = Destination(folder, force)
     family, model = family_for(source.model)
     vocab_rows = -(-model.vocab_size // pad_vocab_multiple) * pad_vocab_multiple

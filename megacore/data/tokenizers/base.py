@@ -4,10 +4,13 @@ import hashlib
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import NamedTuple
 
 import numpy as np
+
+FORMATS = MappingProxyType({".json": b"tokenizers", ".model": b"sentencepiece"})
+"""What files with these endings are, as it goes into hashes."""
 
 
 class Encoded(NamedTuple):
@@ -81,6 +84,11 @@ def flatten(sequences: Sequence[Sequence[int]]) -> Encoded:
         ids[start : start + len(sequence)] = sequence
         start += len(sequence)
     return Encoded(ids, lengths)
+
+
+def file_hash(suffix: str, content: bytes) -> str:
+    """The ``hash`` of a tokenizer that one file makes: `.json` (of HF tokenizers) or `.model` (SentencePiece)."""
+    return content_hash(FORMATS[suffix], content)
 
 
 def content_hash(*parts: bytes) -> str:

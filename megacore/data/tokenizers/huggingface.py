@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megacore.data.tokenizers.base import Encoded, Tokenizer, content_hash, require
+from megacore.data.tokenizers.base import Encoded, Tokenizer, file_hash, require
 
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
 
@@ -38,7 +38,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @property
     def hash(self) -> str:
-        return content_hash(b"tokenizers", self._content)
+        return file_hash(".json", self._content)
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megacore.data.tokenizers.base import Encoded, Tokenizer, content_hash, flatten, require
+from megacore.data.tokenizers.base import Encoded, Tokenizer, file_hash, flatten, require
 
 SPACE_SYMBOL = "\u2581"  # SentencePiece's own spelling of a space
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<eod>", "<EOD>", "<|end_of_text|>")
@@ -40,7 +40,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     def hash(self) -> str:
-        return content_hash(b"sentencepiece", self._content)
+        return file_hash(".model", self._content)
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         if self._space_symbol_bytes and any(SPACE_SYMBOL in text for text in texts):
