@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
+from megacore.config.near import multiples
+
 
 def batch_problems(global_size: int, micro_size: int, ramp: Sequence[int], dp: int) -> Iterator[str]:
     """What keeps every size that the batch passes from being dealt out in whole microbatches, one line each.
@@ -32,9 +34,3 @@ def batch_problems(global_size: int, micro_size: int, ramp: Sequence[int], dp: i
             f"{what} does not lead to train.global_batch_size={global_size} in whole increments; "
             f"the size must be {start} + n*{increment}"
         )
-
-
-def multiples(unit: int, near: int) -> str:
-    """The multiples of ``unit`` on both sides of ``near``."""
-    below = near // unit * unit
-    return f"{below} or {below + unit}" if below else str(unit)

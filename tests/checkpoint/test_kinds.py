@@ -10,7 +10,7 @@ from torch import Tensor
 from megacore.checkpoint.find import folder_of
 from megacore.checkpoint.read import Checkpoint
 from megacore.checkpoint.store import open_store
-from megacore.config import rules
+from megacore.config import updates
 from megacore.config.optimizers import optimizer_names
 from megacore.optim.quantise import BLOCK, codebook, decode
 from megacore.spec import ModelSpec
@@ -131,4 +131,4 @@ def test_8_bit_moments_of_another_tp(pool: WorkerPool, tmp_path: Path, kv_heads:
 
 
 def test_blocks_have_one_size() -> None:
-    assert BLOCK == rules.BLOCK
+    assert BLOCK == updates.BLOCK
