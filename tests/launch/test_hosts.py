@@ -80,19 +80,30 @@ class Cluster:
         self, words: list[str], nodes: str, hosts: list[Host] | None = None, more: tuple[str, ...] = ()
     ) -> "subprocess.Popen[str]":
         """Write the job as a user would, and run its script."""
-        hosts = self.hosts if hosts is None else hosts
-        script = self.folder / "job.sbatch"
+        self.write(words, nodes, more)
+        return self.run(hosts)
+
+    def write(self, words: list[str], nodes: str, more: tuple[str, ...] = ()) -> None:
+        """The job's script."""
         launch = [sys.executable, "-m", "megacore", "launch", "slurm", "--nodes", nodes, "--gpus", str(self.nproc)]
         options = ["--gpu", "cpu", "--wait", "120", "--dry-run", *more]
         text = subprocess.run([*launch, *options, *words], capture_output=True, text=True, env=ENVIRONMENT)
         assert text.returncode == 0, text.stderr
-        script.write_text(text.stdout)
+        (self.folder / "job.sbatch").write_text(text.stdout)
+
+    def run(self, hosts: list[Host] | None = None) -> "subprocess.Popen[str]":
+        """The script, on some of the hosts or all."""
+        hosts = self.hosts if hosts is None else hosts
         self.pids.unlink(missing_ok=True)
         given = {"HOSTS": " ".join(h.name for h in hosts), "ADDRESSES": " ".join(h.address for h in hosts)}
-        log = open(self.folder / "log", "a")
-        return subprocess.Popen(
-            ["bash", str(script)], env=self.environment | given, stdout=log, stderr=subprocess.STDOUT, text=True
-        )
+        with open(self.folder / "log", "a") as log:
+            return subprocess.Popen(
+                ["bash", str(self.folder / "job.sbatch")],
+                env=self.environment | given,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
 
     def node(self, number: int) -> int:
         """The process of a node's command."""

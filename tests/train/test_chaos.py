@@ -1,11 +1,11 @@
-"""Random kills of ranks and of the launcher: the run ends as if there were none, and every sample is accounted for.
+"""Random kills of ranks, launchers and hosts: runs end as if there were none, and every sample is accounted for.
 
-`MEGACORE_KILLS=200 pytest -m slow tests/train/test_chaos.py` kills as often as that.
+`MEGACORE_KILLS=200 bash tests/run.sh -m slow -s tests/train/test_chaos.py` kills 200 times in all: 50 in jobs over two
+hosts of a network, 50 while the number of ranks changes, the others on one machine with one layout. What is killed when
+is drawn from a seed, MEGACORE_CHAOS (default 0).
 """
 
 import os
-import random
-import signal
 import subprocess
 import sys
 import time
@@ -13,96 +13,100 @@ from pathlib import Path
 
 import pytest
 
-from megacore.launch.train import main
-from megacore.monitor.jsonl import read_json_lines
-from megacore.monitor.run_folder import EVENTS, METRICS
+from tests.launch.chaos import Hosts, hosts_or_skip
+from tests.train.chaos import BATCH, SMALL, Chaos, Local, startup_of, weights_apart
+from tests.train.notes import MICROBATCH, accounted, environment, order_of, same_order
 from tests.train.runs import figures, last_state, words_of
-from tests.train.test_stopping import ranks_of
 
-KILLS = int(os.environ.get("MEGACORE_KILLS", "8"))
-SAVE_EVERY, STEPS_PER_KILL, BATCH = 10, 60, 8
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
+
+KILLS = int(os.environ.get("MEGACORE_KILLS", "16"))
+SEED = os.environ.get("MEGACORE_CHAOS", "0")
+STEPS = 24
 LAYOUTS = {
     "tp": ("parallel.tp=2", "parallel.sequence_parallel=true"),
     "pp": ("parallel.pp=2", "parallel.schedule=zb-h1"),
     "zero3": ("parallel.zero=3",),
 }
+LADDER = (
+    ("parallel.dp=4", "--nproc", "4"),
+    ("parallel.dp=2", "--nproc", "2"),
+    ("--nproc", "1"),
+    ("parallel.dp=2", "parallel.zero=3", "--nproc", "2"),
+    ("parallel.tp=2", "--nproc", "2"),
+    ("--nproc", "1"),
+    ("parallel.pp=2", "parallel.schedule=zb-h1", "--nproc", "2"),
+)
+JOBS = {
+    "two ranks": (1, ("parallel.pp=2", "parallel.schedule=1f1b")),
+    "four ranks": (2, ("parallel.tp=2", "parallel.zero=1")),
+}
+TOLERANCE = 1e-9
 
 
-def accounted(out: Path, steps: int) -> int:
-    """Check that events.jsonl tells what became of each sample; returns the samples that were trained on twice."""
-    events, taken, again = read_json_lines(out / EVENTS), 0, 0
-    saved = {0: 0}
-    for event in events:
-        if event["event"] == "save":
-            saved[event["step"]] = event["samples"]
-        if event["event"] == "start":
-            assert event["samples"] == BATCH * (event["first_step"] - 1) and event["samples"] <= taken
-            taken = event["samples"]
-        if event["event"] == "resume":
-            assert event["samples"] == BATCH * event["step"], "it goes on where a checkpoint ended"
-            again += event["again_until_sample"] - event["samples"]
-            assert event["again_until_sample"] >= event["samples"]
-        if event["event"] in ("save", "finish", "stop"):
-            taken = max(taken, event["samples"])
-    assert events[-1]["event"] == "finish" and events[-1]["samples"] == BATCH * steps
-    assert [each["step"] for each in read_json_lines(out / METRICS)] == list(range(1, steps + 1))
-    return again
+class Whole:
+    """A run that nobody kills."""
+
+    def __init__(self, letters: str, folder: Path, layout: tuple[str, ...]) -> None:
+        self.out, self.notes = folder / "run", folder / "notes"
+        self.words = [*SMALL, f"train.steps={STEPS}"]
+        command = [sys.executable, "-m", "megacore", "train", *words_of(letters, self.out, *self.words, *layout)]
+        began = time.time()
+        subprocess.run(command, env=environment(self.notes), check=True, stdout=subprocess.DEVNULL, timeout=300)
+        self.startup_s = startup_of(began, self.notes)
+        self.order: dict[int, tuple[MICROBATCH, ...]] = order_of(self.notes, STEPS, BATCH)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(7200)
+def checked(out: Path, notes: Path, whole: Whole) -> str:
+    """Samples and their order, by what ranks did and by what the run's folder tells."""
+    begun = same_order(notes, whole.order)
+    again = accounted(out, notes, STEPS, BATCH)
+    return f"{begun} steps begun again, {again} samples told of as trained again"
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_random_kills_change_nothing(layout: str, letters: str, tmp_path: Path) -> None:
-    generator, kills = random.Random(layout), max(1, KILLS // len(LAYOUTS))
-    steps = kills * STEPS_PER_KILL
-    settings = (
-        f"train.steps={steps}",
-        "train.eval_every=0",
-        f"checkpoint.save_every={SAVE_EVERY}",
-        "log.console_every=1000",
-    )
-    more = (*LAYOUTS[layout], *settings, "--nproc", "2")
-    whole, out = tmp_path / "whole", tmp_path / "killed"
-    assert main(words_of(letters, whole, *more)) == 0
-
-    command = [sys.executable, "-m", "megacore", "train", *words_of(letters, out, *more), "--max-restarts", "50"]
-    done: dict[str, int] = {"rank": 0, "launcher": 0}
-    process = start(command)
-    while sum(done.values()) < kills and process.poll() is None:
-        before = last_step(out)
-        deadline = time.monotonic() + generator.uniform(2, 20)  # some die before they get anywhere
-        while last_step(out) == before and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.05)
-        time.sleep(generator.uniform(0.0, 1.0))
-        what = generator.choice(("rank", "rank", "launcher"))
-        ranks = ranks_of(process.pid)
-        victim = process.pid if what == "launcher" else generator.choice(ranks) if ranks else 0
-        if not victim or process.poll() is not None:
-            continue
-        try:
-            os.kill(victim, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-        done[what] += 1
-        if what == "launcher":
-            process.wait()
-            process = start(command)
-    assert process.wait(900) == 0
-    assert min(done.values()) > 0 or kills < 4, done
-    assert figures(out) == figures(whole)
-    assert last_state(out, steps) == last_state(whole, steps)
-    again = accounted(out, steps)
-    print(f"{layout}: {done} kills, {again} samples trained again of {BATCH * steps}")
+    """At one layout: the bits of all figures and of the last checkpoint."""
+    more = (*LAYOUTS[layout], "--nproc", "2")
+    whole = Whole(letters, tmp_path / "whole", more)
+    chaos, kills = Chaos(f"{SEED} {layout}", whole.startup_s), max(1, KILLS // 6)
+    while chaos.kills < kills:
+        folder = tmp_path / str(chaos.kills)
+        run = Local([more], words_of(letters, folder / "run", *whole.words), folder)
+        chaos.to_the_end(run, kills - chaos.kills)
+        assert figures(folder / "run") == figures(whole.out)
+        assert last_state(folder / "run", STEPS) == last_state(whole.out, STEPS)
+        print(f"\n{layout}: {chaos.summary()}; {checked(folder / 'run', run.notes, whole)}", flush=True)
 
 
-def last_step(out: Path) -> int:
-    """The last step that is written down so far, 0 if there is none."""
-    try:
-        return max((record["step"] for record in read_json_lines(out / METRICS)), default=0)
-    except FileNotFoundError:
-        return 0
+def test_random_kills_and_other_numbers_of_ranks(letters: str, tmp_path: Path) -> None:
+    """After each kill of the launcher the run goes on in another layout: one process' figures and weights, but for
+    rounding, from the very same samples in the same order."""
+    whole = Whole(letters, tmp_path / "whole", ("--nproc", "1"))
+    chaos, kills = Chaos(f"{SEED} ladder", whole.startup_s), max(1, KILLS // 4)
+    while chaos.kills < kills:
+        folder = tmp_path / str(chaos.kills)
+        run = Local(LADDER, words_of(letters, folder / "run", *whole.words), folder)
+        chaos.to_the_end(run, kills - chaos.kills)
+        for ours, expected in zip(figures(folder / "run"), figures(whole.out), strict=True):
+            assert ours == pytest.approx(expected, rel=TOLERANCE, abs=0)
+        apart = weights_apart(folder / "run", whole.out, STEPS)
+        assert apart <= TOLERANCE
+        told = f"{run.starts} layouts, weights apart by {apart:.1e} of the largest"
+        print(f"\nladder: {chaos.summary()}; {told}; {checked(folder / 'run', run.notes, whole)}", flush=True)
 
 
-def start(command: list[str]) -> "subprocess.Popen[bytes]":
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+@pytest.mark.parametrize("job", JOBS)
+def test_random_kills_of_hosts_change_nothing(job: str, letters: str, tmp_path: Path) -> None:
+    """A job over two hosts of a network loses ranks, commands, and whole hosts with all their processes."""
+    nproc, layout = JOBS[job]
+    whole = Whole(letters, tmp_path / "whole", (*layout, "--nproc", str(2 * nproc)))
+    chaos, kills = Chaos(f"{SEED} {job}", 2 * whole.startup_s), max(1, KILLS // 8)
+    while chaos.kills < kills:
+        folder = tmp_path / str(chaos.kills)
+        with hosts_or_skip(2, nproc, folder / "cluster") as cluster:
+            run = Hosts(cluster, words_of(letters, folder / "run", *whole.words, *layout), folder)
+            chaos.to_the_end(run, kills - chaos.kills)
+        assert figures(folder / "run") == figures(whole.out)
+        assert last_state(folder / "run", STEPS) == last_state(whole.out, STEPS)
+        print(f"\nhosts, {job}: {chaos.summary()}; {checked(folder / 'run', run.notes, whole)}", flush=True)
