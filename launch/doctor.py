@@ -51,8 +51,8 @@ def main(argv: list[str] | None = None) -> int:
 def verdict(found: Sequence[Finding]) -> str:
     """What a node's command says of a pre-flight that failed: the report above has the rest."""
     faults = [f"{each.name}: {each.detail}" for each in found if each.status == FAIL]
-    fix = "The run has not been started. Mend it, or leave the node out (Slurm: --exclude=NODE)."
-    return "\n".join([*faults, fix])
+    fix = "Mend it, or leave the node out (Slurm: --exclude=NODE)."
+    return "\n".join([*faults, "The run has not been started.", fix])
 
 
 def parser() -> argparse.ArgumentParser:

@@ -10,6 +10,7 @@ from megacore.launch.places import PORT
 OF_JOBS = (
     Setting("PYTHONUNBUFFERED", "1", "what ranks say is in the log when they die"),
     Setting("PYTHONFAULTHANDLER", "1", "a crash in C++ shows Python's stack"),
+    Setting("PYTHONSAFEPATH", "1", "megacore is the installed one, whatever lies where the job runs"),
     Setting("NCCL_DEBUG", "WARN", "NCCL says why it fails; INFO shows what it chose"),
 )
 """What every job on a cluster wants."""
@@ -17,7 +18,8 @@ OF_JOBS = (
 
 @dataclass(frozen=True)
 class Job:
-    """``words`` are those of `megacore train`; ``out`` is the run's folder as nodes see it."""
+    """``words`` are those of `megacore train`; ``out`` is the run's folder as nodes see it; ``gpus``: ranks per node,
+    each with a GPU if ``has_gpus``."""
 
     name: str
     words: tuple[str, ...]
@@ -25,7 +27,7 @@ class Job:
     nodes: int
     fewest: int
     gpus: int
-    gpu: str
+    has_gpus: bool
     environment: tuple[Setting, ...]
     python: str
     workdir: str
@@ -35,6 +37,8 @@ class Job:
     wait_s: int = 1800
     max_restarts: int = 3
     preflight: bool = False
+    run_text: str = ""
+    """The run file itself, where nodes do not see it."""
 
     @property
     def range(self) -> str:

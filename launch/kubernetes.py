@@ -13,10 +13,19 @@ MANAGER = "megacore.local/launch"
 USER_ERROR = 2
 ADDRESS = "POD_IP"
 ADDRESS_OF_POD = f'"${ADDRESS}"'
+END = "END_OF_RUN_FILE"
+RDMA = ("rdma", "hca", "infiniband", "efa")
+"""Words in the names of resources that are InfiniBand's, or the like."""
 
 
-def jobset(job: Job, namespace: str, claims: Sequence[str]) -> str:
-    """A JobSet: one indexed Job with a pod per node, a headless service for their names. ``claims``: CLAIM:PATH.
+AGAIN = """\
+# Written by `megacore launch k8s`. After its end, `kubectl replace --force -f THIS_FILE` goes on where it was.
+"""
+
+
+def jobset(job: Job, namespace: str, claims: Sequence[str], more: Mapping[str, int]) -> str:
+    """A JobSet: one indexed Job with a pod per node, a headless service for their names. ``claims``: CLAIM:PATH;
+    ``more``: resources besides GPUs, such as InfiniBand's.
 
     A pod that leaves with 75 has saved and was stopped on request, so it is made again without counting, as one that
     was evicted is; 2 (wrong input) ends the job, any other code restarts all pods.
@@ -25,10 +34,11 @@ def jobset(job: Job, namespace: str, claims: Sequence[str]) -> str:
     container = {
         "name": NODE,
         "image": job.image,
-        "workingDir": job.workdir,
-        "command": ["bash", "-c", script(job, meeting(f"{name}-{NODE}-0-0.{name}"))],
+        **({"workingDir": job.workdir} if job.workdir else {}),
+        "command": ["bash", "-c", escaped(script(job, meeting(f"{name}-{NODE}-0-0.{name}")))],
         "env": environment(job),
-        "resources": resources(job),
+        **resources(job, more, "resources"),
+        **security(more),
         "volumeMounts": volume_mounts(claims),
     }
     on_exit = [("Ignore", STOPPED), ("FailJob", USER_ERROR)]
@@ -67,7 +77,7 @@ def jobset(job: Job, namespace: str, claims: Sequence[str]) -> str:
     return written(job, found)
 
 
-def trainjob(job: Job, namespace: str, claims: Sequence[str], runtime: str) -> str:
+def trainjob(job: Job, namespace: str, claims: Sequence[str], more: Mapping[str, int], runtime: str) -> str:
     """A TrainJob of Kubeflow Trainer over the ClusterTrainingRuntime ``runtime``, whose containers are named node.
 
     The runtime's own policy counts every exit code but 0, so a pod whose run was stopped because another pod was
@@ -77,7 +87,7 @@ def trainjob(job: Job, namespace: str, claims: Sequence[str], runtime: str) -> s
     pod = {
         "terminationGracePeriodSeconds": job.grace_s,
         "volumes": volumes(claims),
-        "containers": [{"name": NODE, "volumeMounts": volume_mounts(claims)}],
+        "containers": [{"name": NODE, **security(more), "volumeMounts": volume_mounts(claims)}],
     }
     of_node = {"name": NODE, "template": {"spec": {"template": {"spec": pod}}}}
     found = {
@@ -92,11 +102,11 @@ def trainjob(job: Job, namespace: str, claims: Sequence[str], runtime: str) -> s
             },
             "trainer": {
                 "image": job.image,
-                "command": ["bash", "-c", again_script(job, '"$PET_MASTER_ADDR:$PET_MASTER_PORT"')],
+                "command": ["bash", "-c", escaped(again_script(job, '"$PET_MASTER_ADDR:$PET_MASTER_PORT"'))],
                 "numNodes": job.nodes,
                 "numProcPerNode": job.gpus,
                 "env": environment(job),
-                "resourcesPerNode": resources(job),
+                **resources(job, more, "resourcesPerNode"),
             },
             "runtimePatches": [
                 {
@@ -112,16 +122,16 @@ def trainjob(job: Job, namespace: str, claims: Sequence[str], runtime: str) -> s
 def script(job: Job, meet: str) -> str:
     """What a pod runs; the node's command becomes its first process, which Kubernetes asks to stop."""
     checks = f"{lines(preflight_command(job, meet, ADDRESS_OF_POD))}\n" if job.preflight else ""
-    return f"set -eu\n{checks}exec {lines(node_command(job, meet, ADDRESS_OF_POD))}\n"
+    return f"set -eu\n{run_file(job)}{checks}exec {lines(node_command(job, meet, ADDRESS_OF_POD))}\n"
 
 
 def again_script(job: Job, meet: str) -> str:
     """What a pod runs where nobody starts it again after a stop that was not its own."""
     checks = f"{lines(preflight_command(job, meet, ADDRESS_OF_POD))} || exit 1\n" if job.preflight else ""
+    go = f"cd {quoted(job.workdir)} || exit 1\n" if job.workdir else ""
     return f"""\
 set -u
-cd {quoted(job.workdir)} || exit 1
-asked=0 woken=0 step='' code={STOPPED}
+{go}{run_file(job)}asked=0 woken=0 step='' code={STOPPED}
 trap 'asked=1 woken=1; [ -z "$step" ] || kill -TERM "$step"' TERM
 {checks}# stopped, but it was another pod that had to go: wait for its successor, and go on
 while [ "$code" -eq {STOPPED} ] && [ "$asked" -eq 0 ]; do
@@ -132,15 +142,40 @@ exit "$code"
 """
 
 
+def run_file(job: Job) -> str:
+    """Lines that give a node its run file, which the job brings along: it sees none of the machine that wrote it."""
+    if not job.run_text:
+        return ""
+    return f"cat > {run_path(job.name)} << '{END}'\n{job.run_text.rstrip()}\n{END}\n"
+
+
+def run_path(name: str) -> str:
+    """Where ``run_file`` puts it."""
+    return f"/tmp/megacore-{name}.toml"
+
+
+def escaped(text: str) -> str:
+    """For Kubernetes, which puts a variable's value for $(NAME), and $ for $$."""
+    return re.sub(r"\$(?=[$(])", "$$", text)
+
+
 def environment(job: Job) -> list[Mapping[str, Any]]:
     """Variables of the container."""
     address = {"name": ADDRESS, "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}
-    return [address, *({"name": each.name, "value": each.value} for each in job.environment)]
+    return [address, *({"name": each.name, "value": escaped(each.value)} for each in job.environment)]
 
 
-def resources(job: Job) -> dict[str, Any]:
-    """Of one node."""
-    return {"limits": {"nvidia.com/gpu": job.gpus}}
+def resources(job: Job, more: Mapping[str, int], name: str) -> dict[str, Any]:
+    """Of one node, under ``name``; nothing where nothing is asked for."""
+    wanted = {**({"nvidia.com/gpu": job.gpus} if job.has_gpus else {}), **more}
+    return {name: {"limits": wanted}} if wanted else {}
+
+
+def security(more: Mapping[str, int]) -> dict[str, Any]:
+    """RDMA registers memory that must stay where it is, for which a container needs leave."""
+    if not any(any(word in name for word in RDMA) for name in more):
+        return {}
+    return {"securityContext": {"capabilities": {"add": ["IPC_LOCK"]}}}
 
 
 def volumes(claims: Sequence[str]) -> list[Mapping[str, Any]]:
@@ -176,7 +211,7 @@ def checked_name(name: str) -> str:
     return name
 
 
-def written(job: Job, found: Mapping[str, Any]) -> str:
+def written(job: Job, found: Mapping[str, Any], head: str = AGAIN) -> str:
     """As YAML, the reasons of its variables before it."""
     import yaml  # --help can do without
 
@@ -191,6 +226,5 @@ def written(job: Job, found: Mapping[str, Any]) -> str:
 
     Dumper.add_representer(str, text)
     why = "".join(f"# {each.name}={each.value}: {each.why}\n" for each in job.environment)
-    head = "# Written by `megacore launch`. Applied again after its end, the run goes on where it was.\n"
     body: str = yaml.dump(found, Dumper=Dumper, sort_keys=False, width=120)
     return head + why + body

@@ -1,10 +1,11 @@
 """A task for SkyPilot, on any cloud that it knows; launched with `sky jobs launch`. Imports no torch."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from megacore.exits import STOPPED
 from megacore.launch.job import Job, lines, node_command, preflight_command
-from megacore.launch.kubernetes import written
+from megacore.launch.kubernetes import run_file, written
 from megacore.launch.places import PORT
 
 HEAD = '"$(head -n 1 <<< "$SKYPILOT_NODE_IPS")"'
@@ -12,12 +13,17 @@ OWN = '"$(sed -n "$((SKYPILOT_NODE_RANK + 1))p" <<< "$SKYPILOT_NODE_IPS")"'
 SETUP = "bash launch/setup.sh"
 
 
-def task(job: Job, infra: str, setup: str, spot: bool) -> str:
+AGAIN = "# Written by `megacore launch sky`. Launched again after its end, the run goes on where it was.\n"
+CORES = 2
+"""The least per rank on machines without GPUs."""
+
+
+def task(job: Job, accelerator: str, infra: str, setup: str, spot: bool) -> str:
     """A managed job: nodes that are lost, and runs that stop with 75, are recovered by the same command."""
     meet = f"{HEAD}:{PORT}"
     checks = f"{lines(preflight_command(job, meet, OWN))}\n" if job.preflight else ""
     resources: dict[str, Any] = {
-        "accelerators": f"{job.gpu.upper()}:{job.gpus}",
+        **({"accelerators": f"{accelerator}:{job.gpus}"} if job.has_gpus else {"cpus": f"{CORES * job.gpus}+"}),
         "use_spot": spot,
         "network_tier": "best",
         "job_recovery": {
@@ -37,8 +43,16 @@ def task(job: Job, infra: str, setup: str, spot: bool) -> str:
             "workdir": job.workdir,
             "num_nodes": job.nodes,
             "resources": resources,
+            **({"file_mounts": buckets(job.mounts)} if job.mounts else {}),
             "envs": {each.name: each.value for each in job.environment},
             "setup": setup + "\n",
-            "run": f"set -eu\n{checks}{lines(node_command(job, meet, OWN))}\n",
+            "run": f"set -eu\n{run_file(job)}{checks}{lines(node_command(job, meet, OWN))}\n",
         },
+        AGAIN,
     )
+
+
+def buckets(mounts: Sequence[str]) -> dict[str, Any]:
+    """Buckets that all nodes see, written ``s3://BUCKET:/PATH``."""
+    pairs = (each.rpartition(":") for each in mounts)
+    return {path: {"source": bucket, "mode": "MOUNT"} for bucket, _, path in pairs}

@@ -30,6 +30,7 @@ from megacore.spec import ModelSpec
 from megacore.spec.settings import settings_of
 
 TARGET = "megacore.train.loop:train"
+NO_DATA = "data.blend is empty: there is nothing to train on; give a data set's prefix, or a list of [weight, prefix]"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -164,9 +165,8 @@ def complete(config: RunConfig, world_size: int, needs_data: bool = True) -> Run
     from megacore.train.schedule import num_microbatches, plan_schedule
 
     config = with_model(config)
-    blend = "data.blend is empty: there is nothing to train on; give a data set's prefix, or a list of [weight, prefix]"
     without = not needs_data and not config.data.blend and config.model.vocab_size > 0
-    check(config, world_size, () if config.data.blend or without else (blend,))
+    check(config, world_size, () if config.data.blend or without else (NO_DATA,))
     if not without:
         config = fill_in(config)
         check(config, world_size)  # the vocabulary is known now

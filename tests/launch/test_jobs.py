@@ -18,6 +18,7 @@ from megacore.launch.job import OF_JOBS
 from megacore.launch.jobs import KINDS
 from megacore.launch.node import node_range
 from megacore.launch.places import interface_of, is_here, meeting_point, own_address
+from megacore.launch.slurm import duration
 from tests.train.runs import STEPS, events, figures, words_of, write_corpus
 
 RUN = """
@@ -41,8 +42,7 @@ def written(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().out
 
 
-def slurm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, run_file: str, *more: str) -> str:
-    monkeypatch.setattr("megacore.launch.jobs.SEES_DATA", ())  # there are none
+def slurm(capsys: pytest.CaptureFixture[str], run_file: str, *more: str) -> str:
     return written(capsys, "slurm", run_file, "--nodes", "8", *more)
 
 
@@ -60,10 +60,8 @@ PYXIS = ("--image", "nvcr.io#nvidia/pytorch:25.10", "--mount", "/data:/data", "-
 
 
 @pytest.mark.parametrize("more", [(), PYXIS])
-def test_a_batch_script(
-    more: tuple[str, ...], run_file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = slurm(capsys, monkeypatch, run_file, "--time", "1-00:00:00", "--partition", "gpu", "--grace", "300", *more)
+def test_a_batch_script(more: tuple[str, ...], run_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = slurm(capsys, run_file, "--time", "1-00:00:00", "--partition", "gpu", "--grace", "300", *more)
     checked_shell(text)
     head = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", text, re.MULTILINE))
     assert head == {
@@ -72,6 +70,7 @@ def test_a_batch_script(
         "ntasks-per-node": "1",
         "gpus-per-node": "8",
         "exclusive": "",
+        "mem": "0",
         "partition": "gpu",
         "time": "1-00:00:00",
         "output": "%x-%j.out",
@@ -102,20 +101,67 @@ exit 99
 """
 CONTROL = """#!/bin/bash
 # stands in for scontrol
-[ "$1" = show ] && echo 127.0.0.1
+[ "$1 $2" = "show hostnames" ] && echo 127.0.0.1
+[ "$1 $2" = "show job" ] && echo "   PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=$PREEMPTED"
 [ "$1" = requeue ] && echo "$2" > "$PIDS/requeued"
 exit 0
 """
 
 
-@pytest.mark.parametrize(("how", "code", "requeued"), [("time", 75, True), ("person", 75, False), ("fault", 1, False)])
+def test_what_sbatch_is_told(run_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Part of a node, no GPUs, other options; a step is told its processors again, and binds to none of them."""
+    more = ("--cpus", "16", "--gpu", "cpu", "--exclude", "node[3,7]", "--sbatch=--mail-type=END", "--preflight")
+    text = slurm(capsys, run_file, *more)
+    head = re.findall(r"^#SBATCH (\S+)$", text, re.MULTILINE)
+    assert {"--cpus-per-task=16", "--exclude=node[3,7]", "--mail-type=END"} <= set(head)
+    assert not any(each.startswith(("--exclusive", "--mem", "--gpus")) for each in head)
+    steps = [line for line in text.replace(" \\\n    ", " ").splitlines() if line.startswith("srun")]
+    assert len(steps) == 2 and all("--cpus-per-task=16 --cpu-bind=none --wait=0" in step for step in steps)
+
+
+def test_a_container_sees_what_the_job_needs(run_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where it runs and where it writes are mounted, unless they lie in what is mounted already."""
+    words = ("--image", "img", "--workdir", "/code/here", "out=/scratch/run")
+    text = slurm(capsys, run_file, *words, "--mount", "/data:/data")
+    assert "--container-mounts=/data:/data,/code/here:/code/here,/scratch/run:/scratch/run" in text
+    text = slurm(capsys, run_file, *words, "--mount", "/code:/code", "--mount", "/scratch:/scratch:rw")
+    assert "--container-mounts=/code:/code,/scratch:/scratch:rw " in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--partition", "a b"], "'--partition=a b' has blanks"),
+        (["--account", "x\nrm -rf y"], "has blanks"),
+        (["--sbatch=x"], "--sbatch=x must be an option"),
+        (["--time", "soon"], "--time=soon must be"),
+        (["--time", "10"], "--time=10 is not longer than --grace=600"),
+        (["--time", "0-00:10:00"], "is not longer than"),
+        (["--name", "a/b"], "--name=a/b must be"),
+        (["--env", "CUDA_DEVICE_MAX_CONNECTIONS=1", "parallel.zero=3"], "parallel.zero=3 lets nothing gather"),
+    ],
+)
+def test_wrong_batch_jobs(words: list[str], message: str, run_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("megacore.launch.jobs", ["slurm", run_file, "--nodes", "8", "--dry-run", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_time_limits() -> None:
+    known = {"90": 5400, "1:30": 90, "2:00:01": 7201, "1-0": 86400, "1-1:1": 90060, "1-00:00:01": 86401}
+    assert {text: duration(text) for text in known} == known
+    assert duration("UNLIMITED") == float("inf") and duration("1h") is None and duration("") is None
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "requeued"),
+    [("time", 75, True), ("person", 75, False), ("preempted", 75, True), ("fault", 1, False)],
+)
 def test_the_script_as_slurm_runs_it(
-    how: str, code: int, requeued: bool, run_file: str, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    how: str, code: int, requeued: bool, run_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """USR1 before the time limit: STOP is laid down, waited for, and the job goes back into the queue."""
     script, tools = tmp_path / "job.sbatch", tmp_path / "bin"
-    script.write_text(slurm(capsys, monkeypatch, run_file))
+    script.write_text(slurm(capsys, run_file))
     tools.mkdir()
     for name, text in (("srun", STEP), ("scontrol", CONTROL)):
         (tools / name).write_text(text)
@@ -126,6 +172,7 @@ def test_the_script_as_slurm_runs_it(
         "RUN": str(tmp_path / "My run"),
         "CODE_FILE": str(tmp_path / "code"),
         "SLURM_JOB_ID": "4711",
+        "PREEMPTED": "2026-01-01T00:10:00" if how == "preempted" else "None",
         "SLURM_JOB_NODELIST": "node[1-8]",
     }
     process = subprocess.Popen(["bash", str(script)], env=environment)
@@ -134,7 +181,7 @@ def test_the_script_as_slurm_runs_it(
         time.sleep(0.02)
     if how == "time":
         process.send_signal(signal.SIGUSR1)
-    elif how == "person":
+    elif how in ("person", "preempted"):  # (SIGTERM to a node's command ends in 75, too)
         (tmp_path / "My run" / "STOP").touch()
     else:
         (tmp_path / "code").write_text("1")
@@ -165,6 +212,57 @@ def test_a_jobset(run_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     script = pod["containers"][0]["command"][-1]
     assert "--meet my-run-node-0-0.my-run:29400" in script and "exec python -m" in script
     checked_shell(f"#!/bin/bash\n{script}")
+
+
+def test_a_pod_brings_its_run_file(run_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It sees none of this machine; what Kubernetes would fill in stays as it is."""
+    path = Path(run_file)
+    path.write_text("# it's $HOME, $(HOSTNAME) and $$\n" + path.read_text())
+    words = ("k8s", run_file, "--image", "img", "--nodes", "8", "--claim", "files:/data", "--env", "X=$(Y)$$")
+    found = yaml.safe_load(written(capsys, *words))
+    (container,) = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+    assert container["workingDir"] == "/data"
+    assert {"name": "X", "value": "$$(Y)$$$"} in container["env"]
+    script = container["command"][-1].replace("$$", "$")  # what Kubernetes makes of it
+    script = script.replace("exec python", "exec echo").replace("/tmp/megacore", str(tmp_path / "megacore"))
+    subprocess.run(["bash", "-c", script], env=os.environ | {"POD_IP": "10.0.0.1"}, check=True, capture_output=True)
+    assert (tmp_path / "megacore-my-run.toml").read_text() == path.read_text()
+    path.write_text(path.read_text() + 'log = { alert_webhook = "https://example.org/secret" }\n')
+    text = written(capsys, *words)
+    assert "secret" not in text and run_file in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "told"),
+    [
+        ("k8s", ["--image", "img"], "give --claim=CLAIM:/PATH"),
+        ("k8s", ["--image", "img", "--claim", "files:/data"], ""),
+        ("k8s", ["--image", "img", "checkpoint.save_every=0"], ""),
+        ("sky", ["--spot"], "give --mount=s3://BUCKET:/PATH"),
+        ("sky", ["--spot", "checkpoint.folder=s3://bucket/run"], ""),
+        ("sky", ["--spot", "--mount", "s3://bucket/x:/data", "out=/data/run"], ""),
+    ],
+)
+def test_what_a_run_saves_outlives_its_nodes(
+    kind: str, words: list[str], told: str, run_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [kind, run_file, "--nodes", "8", "--dry-run", "checkpoint.save_every=5", "out=runs/x", *words]
+    assert run("megacore.launch.jobs", given) == (2 if told else 0)
+    captured = capsys.readouterr()
+    assert told in captured.err
+    if "--mount" in words:
+        assert yaml.safe_load(captured.out)["file_mounts"] == {"/data": {"source": "s3://bucket/x", "mode": "MOUNT"}}
+
+
+def test_devices_of_a_pod(run_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """InfiniBand's are asked for besides GPUs, with leave to lock memory; without GPUs none are."""
+    words = ("k8s", run_file, "--nodes", "8", "--image", "img", "--claim", "files:/data")
+    for manifest in ("jobset", "trainjob"):
+        text = written(capsys, *words, "--manifest", manifest, "--resource", "rdma/hca_shared=8")
+        same_as_published({"jobset": "JobsetV1alpha2JobSet", "trainjob": "TrainerV1alpha1TrainJob"}[manifest],
+                          yaml.safe_load(text))  # fmt: skip
+        assert "rdma/hca_shared: 8" in text and "nvidia.com/gpu: 8" in text and "- IPC_LOCK" in text
+        assert "limits" not in written(capsys, *words, "--manifest", manifest, "--gpu", "cpu")
 
 
 def test_a_trainjob(run_file: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,10 +316,7 @@ def test_a_task_of_skypilot(run_file: str, capsys: pytest.CaptureFixture[str]) -
     assert "--meet 10.0.0.1:29400 --address 10.0.0.2" in done.stdout
 
 
-def test_the_same_with_torchrun(
-    run_file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("megacore.launch.jobs.SEES_DATA", ())
+def test_the_same_with_torchrun(run_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = written(capsys, "local", run_file, "--nodes", "4:8", "optim.lr=1e-4")
     assert "torchrun --nnodes 4:8 --nproc-per-node 8 --rdzv-backend c10d" in text and text.count("optim.lr=1e-4") == 2
     checked_shell(f"#!/bin/bash\n{text}")
@@ -250,12 +345,16 @@ def test_without_a_scheduler(
 ) -> None:
     """The file is there, and what to do with it is said; with one, it is handed over."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert run("megacore.launch.jobs", ["sky", run_file, "--output", str(tmp_path / "task.yaml")]) == 2
+    words = ["sky", run_file, "data.blend=/data/x", "--output", str(tmp_path / "task.yaml")]
+    assert run("megacore.launch.jobs", words[:2]) == 2 and "data.blend is empty" in capsys.readouterr().err
+    assert run("megacore.launch.jobs", words) == 2
     assert f"sky jobs launch {tmp_path}/task.yaml" in capsys.readouterr().err
     (tmp_path / "sky").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/given\n')
     (tmp_path / "sky").chmod(0o755)
-    assert run("megacore.launch.jobs", ["sky", run_file, "--output", str(tmp_path / "task.yaml")]) == 0
+    assert run("megacore.launch.jobs", words) == 0
     assert (tmp_path / "given").read_text() == f"jobs launch {tmp_path}/task.yaml\n"
+    assert run("megacore.launch.jobs", [*words[:-1], "/proc/task.yaml"]) == 2
+    assert "/proc/task.yaml cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.slow

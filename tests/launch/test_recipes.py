@@ -39,7 +39,7 @@ def test_a_recipe_is_legal_fits_and_says_that_it_is_derived(preset: str, world: 
 @pytest.mark.parametrize("kind", ["k8s", "sky"])
 def test_a_job_of_the_largest(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(FOLDER / "llama3-405b-1024xh100.toml")
-    words = [kind, path, "--nodes", "128", "--image", "img", "--dry-run", "data.blend=/data/x", "data.tokenizer=bytes"]
+    words = [kind, path, "--nodes", "128", "--image", "img", "--dry-run", "data.blend=/data/x", "out=/data/run"]
     assert run("megacore.launch.jobs", words) == 0
     assert "--nodes 128" in capsys.readouterr().out
 
