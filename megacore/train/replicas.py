@@ -73,7 +73,7 @@ def moments_of(trainer: Trainer) -> dict[str, Tensor]:
     """What the optimizer remembers, by names for people."""
     owners = [run.name for run in trainer.storage.runs]
     matrices = [f"{matrix.name} {matrix.segment}" for matrix in trainer.rule.state_matrices]
-    found = {}
+    found: dict[str, Tensor] = {}
     for moment, tensors in trainer.rule.state().items():
         names = owners if len(tensors) == len(owners) else matrices
         found |= {f"the optimizer's {moment} of {name}": tensor for name, tensor in zip(names, tensors, strict=True)}
