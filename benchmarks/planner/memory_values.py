@@ -7,13 +7,13 @@ what only repeats another row.
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from statistics import median
+
+from published import DROPS, GB, GIB, add_reference, is_missing, read
 
 from megacore.config.load import load
 from megacore.config.resolve import resolve
@@ -21,12 +21,10 @@ from megacore.cost.memory import RankMemory, memory_by_rank
 from megacore.cost.practice import Practice
 from megacore.layout import Layout
 
-GIB, GB = float(1 << 30), 1e9
 OLD = Practice(attention="explicit", grad_bytes=4, logit_bytes=6, waste=0.0, context_gb=0.0)
 NEW = replace(OLD, attention="fused-masks")
 BARE = replace(OLD, grad_bytes=2)
-GPT = ("model.family=gpt2", "model.vocab_size=51200", "train.seq_len=2048", "precision.dtype=fp16",
-       "model.dropout=0.1", "model.attention_dropout=0.1")  # fmt: skip
+GPT = ("model.family=gpt2", "model.vocab_size=51200", "train.seq_len=2048", "precision.dtype=fp16", *DROPS)
 SHARDED = ("parallel.sequence_parallel=true", "parallel.regather_inputs=true")
 SELECTIVE = "parallel.recompute=selective"
 
@@ -55,7 +53,7 @@ MODELS = {
 }  # fmt: skip
 GPT3_7B = (
     "model.family=gpt2", *shape(32, 4096, 32), "model.num_kv_heads=8", "model.vocab_size=131072",
-    "model.tie_embeddings=false", "model.position=rope", "model.dropout=0.1", "model.attention_dropout=0.1",
+    "model.tie_embeddings=false", "model.position=rope", *DROPS,
     "train.seq_len=8192", "precision.dtype=bf16", "parallel.zero=1", "train.global_batch_size=8",
 )  # fmt: skip
 SEVEN_AND_A_HALF = (*GPT, *shape(36, 4096, 32), "train.global_batch_size=64")
@@ -128,13 +126,11 @@ def of_korthikanti(part: Callable[[RankMemory], float], name: str, *overrides: s
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--reference", type=Path, default=Path("../shared/reference"))
-    folder = parser.parse_args(argv).reference
-    if not (folder / "memory.csv").is_file():
-        print(f"there is no {folder / 'memory.csv'}; give --reference", file=sys.stderr)
+    add_reference(parser)
+    table = parser.parse_args(argv).reference / "memory.csv"
+    if is_missing(table):
         return 2
-    with (folder / "memory.csv").open(encoding="utf-8", newline="") as file:
-        rows = {row["id"]: row for row in csv.DictReader(file)}
+    rows = {row["id"]: row for row in read(table)}
     errors = []
     for number, predict in sorted(predictions().items()):
         row, said = rows[number], predict()

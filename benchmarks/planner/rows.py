@@ -5,22 +5,17 @@ say. Where rows leave out the chunks of an interleaved pipeline, they are two wh
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from csv import DictReader
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from memory import Source as Shape
-from memory import config_of
+from published import DROPS, Row, config_of, micro_batch, of_all, read_layouts
 
 from megacore.config.schema import RunConfig
 from megacore.cost.machine import Machine, find_machine
 from megacore.cost.practice import Practice
 from megacore.layout import Layout
 
-Row = Mapping[str, str]
-FILES = ("layouts.csv", "layouts_sweeps.csv")
 GPUS = MappingProxyType(
     {
         "A100-40": "a100-40gb",
@@ -47,7 +42,6 @@ TORCHTITAN = Practice(flash=0.53, selective="matmuls", whole_units=True, launche
 ASYNC_TP = replace(TORCHTITAN, overlap_tp=0.5)
 FOUNDRY = Practice(flash=0.53, traffic=1.6, reduce_bytes=2.0, loss_bytes=30.0)
 INTERN = Practice(flash=0.8, traffic=1.2, reduce_bytes=2.0)
-DROPS = ("model.dropout=0.1", "model.attention_dropout=0.1")
 SHARDED = ("parallel.zero=1",)
 
 
@@ -125,23 +119,9 @@ class Case:
         return self.source.name, told
 
 
-def read(folder: Path) -> Iterator[Row]:
-    """All rows of the tables."""
-    for name in FILES:
-        with (folder / name).open(encoding="utf-8", newline="") as file:
-            yield from DictReader(file)
-
-
 def cases(folder: Path) -> tuple[list[Case], list[str]]:
     """All rows that say enough, and why others are left out."""
-    found: list[Case] = []
-    left: list[str] = []
-    for row in read(folder):
-        try:
-            found.append(case_of(row))
-        except ValueError as error:
-            left.append(f"{row['id']} {row['model']}: {error}")
-    return found, left
+    return of_all(read_layouts(folder), case_of)
 
 
 def case_of(row: Row) -> Case:
@@ -169,9 +149,7 @@ def case_of(row: Row) -> Case:
     if batch := _batch(row):
         said["global_batch"] = str(batch)
     fp8 = ("precision.fp8=current",) if re.match("(mx)?fp8", row["precision"], re.IGNORECASE) else ()
-    config, layout = config_of(
-        said, Shape(source.begins, source.practice, "total", overrides=(*source.overrides, *fp8))
-    )
+    config, layout = config_of(said, (*source.overrides, *fp8))
     if group := re.search(r"in groups of (\d+)", row["zero_fsdp"]):
         parallel = replace(config.parallel, dp_shard=int(group[1]))
         config, layout = replace(config, parallel=parallel), Layout.of(parallel, layout.world)
@@ -200,10 +178,7 @@ def _batch(row: Row) -> int:
     told = re.search(r"(\d+) micro-batches", row["notes"])
     if row["global_batch"] or not told or not row["micro_batch"]:
         return 0
-    first, _, half = row["micro_batch"].partition("/")
-    micro = int(first) // 2 if half and row["schedule"].startswith("ZB-2p") else int(first)
-    dp = int(row["dp"] or 1)
-    return micro * dp * int(told[1])
+    return micro_batch(row) * int(row["dp"] or 1) * int(told[1])
 
 
 def _seconds(row: Row, config: RunConfig) -> float:

@@ -15,17 +15,18 @@ behind it (Qi et al. 2024, section 5.3).
 """
 
 import argparse
-import csv
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from types import MappingProxyType
 
-from rows import Case, Row, case_of, cases
+from published import Row, add_reference, is_missing, of_all, read
+from rows import Case, case_of, cases
 
 from megacore.cost.simulate import Durations, simulate
 from megacore.cost.step import step_time
@@ -195,21 +196,19 @@ def of_gain(row: Row, runs: Iterable[Case]) -> Line:
 
 def compare(folder: Path) -> tuple[list[Line], list[str]]:
     """All rows that can be predicted, and why others are left out."""
-    lines: list[Line] = []
-    left: list[str] = []
     runs = cache(lambda: cases(folder)[0])
-    with (folder / "schedules.csv").open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            try:
-                if row["kind"] == "formula":
-                    if row["id"] not in FORMULAS:
-                        raise ValueError("no generator of this schedule, or no figure of one")
-                    lines += of_formula(row, FORMULAS[row["id"]])
-                else:
-                    lines.append((of_model if row["kind"] == "modelled" else of_gain)(row, runs()))
-            except ValueError as error:
-                left.append(f"{row['id']} {row['schedule']} ({row['source']}): {error}")
-    return lines, left
+
+    def of_row(row: Row) -> list[Line]:
+        if row["kind"] != "formula":
+            return [(of_model if row["kind"] == "modelled" else of_gain)(row, runs())]
+        if row["id"] not in FORMULAS:
+            raise ValueError("no generator of this schedule, or no figure of one")
+        return of_formula(row, FORMULAS[row["id"]])
+
+    lines, left = of_all(
+        read(folder / "schedules.csv"), of_row, lambda row: f"{row['id']} {row['schedule']} ({row['source']})"
+    )
+    return list(chain.from_iterable(lines)), left
 
 
 def report(lines: Iterable[Line]) -> str:
@@ -229,11 +228,10 @@ def report(lines: Iterable[Line]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Print the errors, and how many rows are left out."""
     parser = argparse.ArgumentParser(description="predicted bubbles and peaks of schedules against published ones")
-    parser.add_argument("--reference", type=Path, default=Path("../shared/reference"))
+    add_reference(parser)
     parser.add_argument("--left-out", action="store_true", help="name the rows that are left out, and why")
     arguments = parser.parse_args(argv)
-    if not (arguments.reference / "schedules.csv").is_file():
-        print(f"there is no {arguments.reference / 'schedules.csv'}; give --reference", file=sys.stderr)
+    if is_missing(arguments.reference / "schedules.csv"):
         return 2
     lines, left = compare(arguments.reference)
     print(report(lines))

@@ -22,6 +22,7 @@ from itertools import combinations
 from pathlib import Path
 from statistics import median
 
+from published import add_reference, is_missing
 from rows import Case, cases
 
 from megacore.cost.step import step_time
@@ -196,14 +197,13 @@ def scatter(path: Path, predictions: Sequence[Prediction]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Print the errors by source; write table and picture."""
     parser = argparse.ArgumentParser(description="predicted step times against published ones")
-    parser.add_argument("--reference", type=Path, default=Path("../shared/reference"))
+    add_reference(parser)
     parser.add_argument("--out", type=Path, help="CSV file for all rows")
     parser.add_argument("--plot", type=Path, help="picture of predicted against published seconds")
     parser.add_argument("--simulate", action="store_true", help="by the schedules' lists instead of their formulas")
     parser.add_argument("--left-out", action="store_true", help="name the rows that are left out, and why")
     arguments = parser.parse_args(argv)
-    if not (arguments.reference / "layouts.csv").is_file():
-        print(f"there is no {arguments.reference / 'layouts.csv'}; give --reference", file=sys.stderr)
+    if is_missing(arguments.reference / "layouts.csv"):
         return 2
     found, left = cases(arguments.reference)
     predictions = predict(found, arguments.simulate)

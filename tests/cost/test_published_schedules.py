@@ -11,10 +11,10 @@ REFERENCE = Path(__file__).parents[3] / "shared/reference"
 @pytest.mark.skipif(not (REFERENCE / "schedules.csv").is_file(), reason="the tables of published runs are not here")
 def test_published_bubbles_and_peaks(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks/planner"))
-    import rows
+    import published
     import schedules
 
-    monkeypatch.setattr(rows, "FILES", ("layouts.csv",))
+    monkeypatch.setattr(published, "FILES", ("layouts.csv",))
     lines, left = schedules.compare(REFERENCE)
     assert len({line.id for line in lines}) > 80
     assert len(left) < 35
