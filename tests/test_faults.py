@@ -152,7 +152,9 @@ FAULTS = MappingProxyType(
             "launch/test_processes.py::test_a_rank_that_raises_ends_all_with_its_cause",
             "launch/test_processes.py::test_a_rank_that_fails_inside_a_schedule_ends_all_within_ten_seconds",
             "train/test_keeping.py::test_what_rank_0_cannot_do_all_hear_of",
-            "open: each block of rank 0 by itself (looking for and moving checkpoints alone are tested)",
+            "train/test_rank_0_alone.py::test_all_blocks_are_listed",
+            "train/test_rank_0_alone.py::test_all_ranks_end_with_the_cause",
+            "train/test_rank_0_alone.py::test_a_run_that_never_met_ends_too",
         ),
         "port in use, rendezvous timeout": (
             "mesh/test_process_group.py::test_a_port_in_use_is_the_users_to_change",
