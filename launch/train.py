@@ -20,7 +20,7 @@ from megacore.exits import STOPPED, raised_by_us
 from megacore.launch.endings import NODE, Endings
 from megacore.launch.environment import capability_here, lines_of, prepare
 from megacore.launch.failures import Failure, describe
-from megacore.launch.processes import run_local
+from megacore.launch.processes import Asked, leaving_when_asked, run_local
 from megacore.launch.restarts import MAX_RESTARTS, with_restarts
 from megacore.launch.terminal import colour_wanted, page_width
 from megacore.launch.worker import call, end_with_node
@@ -37,6 +37,18 @@ def main(argv: list[str] | None = None) -> int:
     """Train; the exit code is that of `megacore`."""
     args = parser().parse_intermixed_args(argv)  # overrides may stand on both sides of options
     info = RankInfo.from_environment(os.environ)
+    if info is not None or args.dry_run:
+        return begun(args, info)
+    try:
+        with leaving_when_asked():
+            return begun(args, info)
+    except Asked:
+        sys.stderr.write("megacore: stopped while nothing was trained, as was asked; the same command goes on\n")
+        return STOPPED
+
+
+def begun(args: argparse.Namespace, info: RankInfo | None) -> int:
+    """What the command line asks for; the exit code."""
     if (args.json or args.gpu) and not args.dry_run:
         given = "--json" if args.json else "--gpu"
         raise ValueError(f"{given} goes with --dry-run; a run writes its metrics to its folder")
@@ -59,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         limit = MAX_RESTARTS if args.max_restarts is None else args.max_restarts
 
         def attempt(config: RunConfig, tell: Callable[[Failure], None]) -> int:
-            return run_local(TARGET, (config, colour, width, remarks), world_size, tell=tell)
+            return run_local(TARGET, (config, colour, width, remarks), world_size, tell=tell, stopped=STOPPED)
 
         return with_restarts(config, attempt, limit)
     return as_rank(TARGET, info, (config, colour, width, remarks))

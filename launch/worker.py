@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from types import FrameType
 from typing import Any
 
 from megacore import processes
@@ -30,9 +31,12 @@ class Assignment:
 def work(assignment: Assignment, connection: Connection) -> None:
     """Carries it out and sends its exit code, or the Failure, to the parent."""
     end_with_parent()
-    # A Ctrl-C reaches the parent too, which passes it on as SIGTERM, once. The fork server left SIGTERM ignored.
+    # A Ctrl-C reaches the parent too, which passes it on as SIGTERM, once.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR2, _nothing_to_save)
+    # The fork server held these back; what has come since is heard now.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # lines of ranks must not tear
     if sys.platform == "linux":
@@ -51,6 +55,10 @@ def work(assignment: Assignment, connection: Connection) -> None:
         # At once, without waiting for threads: the peers notice by the closed connections.
         sys.stdout.flush()
         os._exit(1)
+
+
+def _nothing_to_save(number: int, frame: FrameType | None) -> None:
+    """A wish to save at start-up: a handler, since what is ignored stays ignored."""
 
 
 def call(target: str, info: RankInfo, args: tuple[Any, ...]) -> int:

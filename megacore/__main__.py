@@ -4,12 +4,13 @@ Nothing is imported until a command is chosen, so that `--help` answers at once.
 `main(argv) -> int`; `exits.py` runs it.
 """
 
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from megacore import __version__
-from megacore.exits import run
+from megacore.exits import STOPPED, run
 
 COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
@@ -59,7 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(unknown(words[0]), file=sys.stderr)
         return 2
     module, _ = COMMANDS[words[0]]
-    return run(module, words[1:])
+    code = run(module, words[1:])
+    if code == STOPPED:  # schedulers repeat themselves: a second signal must not hide that all is saved
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+    return code
 
 
 def unknown(word: str) -> str:

@@ -50,8 +50,8 @@ class CommLog(list[CommRecord]):
     """All collectives of this rank in order. Handed to the mesh by who wants to count; nothing else fills it.
 
     ``keeps``: whether it takes note of them now; ``receives``: of both ends of messages, else of sends alone.
-    ``ranges``: makes each a range in a profile. ``begun`` and ``last`` are kept in any case: how many there were, and
-    (axis, operation) of the last.
+    ``ranges``: makes each a range in a profile. ``begun``, ``last`` and ``counts`` are kept in any case: how many there
+    were, (axis, operation) of the last, and how many among the same ranks, by names that all of these have in common.
     """
 
     def __init__(self, keeps: bool = True, receives: bool = False) -> None:
@@ -59,6 +59,7 @@ class CommLog(list[CommRecord]):
         self.keeps, self.receives = keeps, receives
         self.ranges: Ranges | None = None
         self.begun, self.last = 0, ("", "")
+        self.counts: Counter[tuple[str, int] | tuple[int, int]] = Counter()
 
     def totals(self) -> Counter[tuple[str, str]]:
         """How many collectives there were of each (axis, operation)."""
@@ -106,9 +107,17 @@ class Group:
             return
         self.log.begun += 1
         self.log.last = (self.axis, operation)
+        self.log.counts[self._among(operation, peer)] += 1
         if self.log.keeps:
             number = x.numel() if num_elements is None else num_elements
             self.log.append(CommRecord(self.axis, operation, number, x.dtype, _stream_of(x.device), peer))
+
+    def _among(self, operation: str, peer: int) -> tuple[str, int] | tuple[int, int]:
+        """Those who take part: of a collective axis and first rank, of a message sender and receiver."""
+        if peer < 0:
+            return self.axis, self.ranks[0]
+        me, other = self.ranks[self.rank], self.ranks[peer]
+        return (me, other) if operation == "send" else (other, me)
 
 
 def _stream_of(device: torch.device) -> str:

@@ -1,139 +1,31 @@
-"""Finds the rank that holds up all others: every rank beats once a second, rank 0 listens and names who does not.
+"""The heartbeat: every rank beats once a second, rank 0 listens and names who holds up all others.
 
-A rank that is stopped, frozen or cut off sends nothing: it is *silent*. One that is alive but does not come to a
-collective that its peers wait in (an endless loop, a lost message, a slow disk) is *late*: it has begun fewer
-collectives than the others while nobody gets on. Each beat carries step and last collective, so both are known before
-anybody asks; stacks are asked for when something is wrong. Rank 0 itself is watched by the others: it answers beats.
+Each beat carries step and last collective (``pulse.py``), so both are known before anybody asks; stacks are asked for
+when something is wrong, which ``holdups.py`` judges. Rank 0 itself is watched by the others: it answers beats.
 
 Sockets and threads of the standard library only, so that it works while torch.distributed hangs.
 """
 
-import hmac
 import json
 import math
 import os
 import selectors
 import socket
-import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from megacore.monitor.holdups import Finding, Limits, Seen, described, late, silent
+from megacore.monitor.pulse import LONGEST_LINE, Pulse, as_line, stack_of, understood
+
 BEAT_S = 1.0
-SLOW = 10.0
 STOPPED_S = 4 * BEAT_S
 """What takes so much longer than it should have was stopped with its whole process."""
-STACK_FRAMES = 24
-LONGEST_LINE = 1 << 16
-"""Bytes of a message; longer ones are none of ours."""
-BEAT_TYPES = MappingProxyType(
-    {"rank": int, "step": int, "collectives": int, "pid": int, "typical_s": float}
-    | dict.fromkeys(("host", "doing", "last"), str)
-)
 HUNG = 76
 """Exit code of a rank that the watchdog ended: what it found is told by rank 0."""
-
-
-@dataclass
-class Pulse:
-    """What a rank is doing. The training thread writes, the beating thread reads."""
-
-    step: int = 0
-    doing: str = "start-up"
-    collectives: Callable[[], tuple[int, str]] = lambda: (0, "")
-    """How many were begun, and the last, such as ``all_reduce over dp``."""
-    typical_s: float = 0.0
-    """What a step takes, 0 while that is not known."""
-
-    def as_beat(self, rank: int) -> dict[str, Any]:
-        """What is sent."""
-        number, last = self.collectives()
-        return {
-            "rank": rank,
-            "step": self.step,
-            "doing": self.doing,
-            "collectives": number,
-            "last": last,
-            "typical_s": self.typical_s,
-        }
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Seconds: until a silent rank is named; until all ranks are ended because of it; and without any progress until
-    they are ended, 0: never. (A late rank is named after ``SLOW`` usual steps, or as late as a silent one.)"""
-
-    silent_s: float = 8.0
-    abort_s: float = 60.0
-    step_s: float = 0.0
-
-
-@dataclass
-class Seen:
-    """What rank 0 knows of a rank."""
-
-    host: str
-    pid: int
-    heard: float
-    """When it was heard last, in seconds of rank 0's monotonic clock."""
-    changed: float
-    """When what it does changed last."""
-    beat: Mapping[str, Any] = field(default_factory=dict)
-    stack: str = ""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Who holds up the others, since when, and how that is said."""
-
-    kind: str
-    """silent or late."""
-    rank: int
-    seconds: float
-    text: str
-
-
-def silent(seen: Mapping[int, Seen], now: float, limits: Limits) -> Iterator[Finding]:
-    """Ranks of which nothing is heard."""
-    for rank, each in sorted(seen.items()):
-        quiet = now - each.heard
-        if quiet >= limits.silent_s:
-            where = f"rank {rank} ({each.host}, process {each.pid})"
-            text = (
-                f"{where} has been silent for {quiet:.0f} s: it is stopped, frozen or cut off. It was last seen in "
-                f"{described(each.beat)}"
-            )
-            yield Finding("silent", rank, quiet, text)
-
-
-def late(seen: Mapping[int, Seen], now: float, limits: Limits) -> Finding | None:
-    """The rank that is behind where nobody has got on for longer than a step may last."""
-    if not seen or any(each.beat.get("doing") != "step" for each in seen.values()):
-        return None
-    stuck = now - max(each.changed for each in seen.values())
-    typical = max(each.beat["typical_s"] for each in seen.values())
-    if stuck < (max(limits.silent_s, SLOW * typical) if typical else limits.step_s or math.inf):
-        return None
-    rank = min(seen, key=lambda rank: (seen[rank].beat["step"], seen[rank].beat["collectives"], rank))
-    most = max(each.beat["collectives"] for each in seen.values())
-    each = seen[rank]
-    behind = most - each.beat["collectives"]
-    who = f"rank {rank} ({each.host}, process {each.pid})"
-    what = f"is behind the others by {behind} collectives" if behind else "is where all others are"
-    text = f"nothing has happened for {stuck:.0f} s: {who} {what}, in {described(each.beat)}"
-    return Finding("late", rank, stuck, text)
-
-
-def described(beat: Mapping[str, Any]) -> str:
-    """Where a rank is, in words."""
-    after = f", after {beat['last']} (collective {beat['collectives']})" if beat.get("last") else ""
-    doing = "" if beat.get("doing") == "step" else f"{beat.get('doing', 'start-up')}, "
-    return f"{doing}step {beat.get('step', 0)}{after}"
 
 
 class Listener:
@@ -177,8 +69,8 @@ class Listener:
         each = self.seen.get(rank)
         if each is None:
             each = self.seen[rank] = Seen(message["host"], message["pid"], now, now)
-        beat = {key: message[key] for key in ("step", "doing", "collectives", "last", "typical_s")}
-        if beat != each.beat:
+        beat = {key: message[key] for key in ("step", "doing", "collectives", "last", "typical_s", "counts", "waits")}
+        if any(beat[key] != each.beat.get(key) for key in ("step", "doing", "collectives")):
             each.changed = now
         each.heard, each.beat, each.stack = now, beat, message.get("stack", "")
         self.told.discard(("silent", rank))
@@ -254,7 +146,7 @@ class Listener:
         return message is not None
 
     def _answer(self, message: Mapping[str, Any]) -> None:
-        line = json.dumps(message).encode() + b"\n"
+        line = as_line(message)
         for key in list(self.selector.get_map().values()):
             if key.data is not None and len(key.data.outbox) < LONGEST_LINE:  # else it is stopped, and reads nothing
                 key.data.outbox += line
@@ -287,20 +179,6 @@ class Peer:
         return True
 
 
-def understood(line: bytes, token: str, world: int) -> dict[str, Any] | None:
-    """A beat of one of ``world`` ranks that know the token; None: anything else."""
-    try:
-        message = json.loads(line)
-        if not hmac.compare_digest(message["token"].encode(), token.encode()):
-            return None
-        wanted = {"rank": int} if message.get("bye") else BEAT_TYPES
-        if any(type(message[name]) not in (kind, int if kind is float else kind) for name, kind in wanted.items()):
-            return None
-        return message if 0 <= message["rank"] < world and isinstance(message.get("stack", ""), str) else None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-
-
 class Beater:
     """Every rank's side: sends its pulse and hears rank 0's answers; a connection that breaks is made again."""
 
@@ -330,7 +208,7 @@ class Beater:
         with self.lock, suppress(OSError):
             self.ended = True
             message = {"rank": self.rank, "bye": True, **self.who}
-            self.connection.sendall(json.dumps(message).encode() + b"\n")
+            self.connection.sendall(as_line(message))
             self.connection.close()
 
     def _connect(self, timeout_s: float) -> socket.socket:
@@ -361,7 +239,7 @@ class Beater:
             message["stack"] = stack_of(self.main_thread)
         with self.lock:
             if not self.ended:
-                self.connection.sendall(json.dumps(message).encode() + b"\n")
+                self.connection.sendall(as_line(message))
 
     def _hear(self, seconds: float) -> None:
         """Take answers for so long. Raises OSError where the connection is closed."""
@@ -405,9 +283,3 @@ def slept(seconds: float) -> bool:
     began = time.monotonic()
     time.sleep(seconds)
     return time.monotonic() - began > seconds + STOPPED_S
-
-
-def stack_of(thread: int) -> str:
-    """The innermost frames of a thread, as text."""
-    frame = sys._current_frames().get(thread)
-    return "" if frame is None else "".join(traceback.format_stack(frame)[-STACK_FRAMES:])

@@ -7,14 +7,17 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from megacore.config.schema import RunConfig
 from megacore.mesh.collectives import gather_objects
 from megacore.mesh.mesh import ParallelMesh
 from megacore.mesh.rank_info import RankInfo
-from megacore.monitor.heartbeat import Beater, Finding, Limits, Listener, Pulse
+from megacore.monitor.heartbeat import Beater, Listener
+from megacore.monitor.holdups import Finding, Limits
 from megacore.monitor.metrics import EventsWriter
+from megacore.monitor.pulse import Pulse, waits
 from megacore.monitor.run_folder import EVENTS
 
 REMEMBERED = 15
@@ -63,6 +66,8 @@ class Heart:
         log = mesh.world.log
         if log is not None:
             self.pulse.collectives = lambda: (log.begun, " over ".join(reversed(log.last)))
+            self.pulse.counts = lambda: log.counts
+        self.pulse.waits = partial(waits, threading.get_ident())
 
     def step(self, step: int) -> None:
         """A step begins."""

@@ -65,8 +65,11 @@ class Wishes:
         self._remove(*FILES)  # what lies there was meant for a run before this one
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Signals are wishes meanwhile; Python allows this in the main thread only. What was ignored stays so."""
+    def listening(self, for_good: bool = False) -> Iterator[None]:
+        """Signals are wishes meanwhile; Python allows this in the main thread only. What was ignored stays so.
+
+        ``for_good``: this process ends with the run, and must not die of a second signal on its way out.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -77,7 +80,7 @@ class Wishes:
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in before.items() if not for_good else ():
                 signal.signal(number, handler)
 
     def now(self) -> Tensor:

@@ -66,10 +66,12 @@ def sleep_and_tell(info: RankInfo, folder: str, save_on_term: bool) -> int:
     """Sleeps until told to stop; with `save_on_term` it then leaves as a trainer does."""
     stopped: list[int] = []
     if save_on_term:
-        signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda number, frame: stopped.append(number))
     Path(folder, f"{info.rank}.pid").write_text(str(os.getpid()))
     while not stopped:
         time.sleep(0.02)
+    time.sleep(0.3)  # it saves
     return 75
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megacore.launch.failures import Failure, cause, describe
-from megacore.launch.processes import run_local
+from megacore.launch.processes import Rank, run_local, verdict
 
 ROOT = Path(__file__).parents[2]
 TARGETS = "tests.launch.targets"
@@ -195,6 +195,31 @@ def test_a_signal_to_the_whole_job_lets_ranks_save(command: subprocess.Popen[str
     os.killpg(command.pid, number)
     _, errors = command.communicate(timeout=20)
     assert (command.returncode, errors) == (75, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_schedulers_repeat_themselves(command: subprocess.Popen[str], number: signal.Signals) -> None:
+    """A second signal to the whole job, while its ranks save, ends neither the save nor the fork server."""
+    os.killpg(command.pid, number)
+    time.sleep(0.1)
+    os.killpg(command.pid, number)
+    _, errors = command.communicate(timeout=20)
+    assert (command.returncode, errors) == (75, "")
+
+
+def test_what_a_signal_makes_of_a_run() -> None:
+    """Of ranks that died of it a run says that it has stopped; what else fails meanwhile is told."""
+    said: list[str] = []
+    killed, other = Failure.of_exit(1, -signal.SIGTERM), Failure(0, "OSError", "no space")
+
+    def code(answer: Failure, stopped_by: int, stopped: int) -> int:
+        return verdict([Rank(None, None, answer)], stopped_by, said.append, said.append, stopped)  # type: ignore[arg-type]
+
+    assert code(killed, signal.SIGTERM, 0) == 128 + signal.SIGTERM and code(killed, signal.SIGTERM, 75) == 75
+    assert code(killed, 0, 75) == 75, "one rank alone was asked"
+    assert not said
+    assert code(other, signal.SIGTERM, 75) == 128 + signal.SIGTERM and said[1] is other
+    assert code(killed, 0, 0) == 1 and said[3] is killed
 
 
 def test_ranks_that_do_not_handle_signals_die_of_them(careless_command: subprocess.Popen[str]) -> None:

@@ -1,6 +1,8 @@
 """The command line of `megacore train`: what is refused, what a dry run says, and who speaks in a job."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,8 +14,8 @@ import pytest
 from megacore.config.load import load
 from megacore.config.resolve import resolve
 from megacore.data.indexed import IndexedWriter
-from megacore.exits import run
-from megacore.launch.train import as_rank
+from megacore.exits import STOPPED, run
+from megacore.launch.train import as_rank, main
 from megacore.mesh.rank_info import RankInfo
 
 DRY = """
@@ -194,3 +196,22 @@ def test_patterns_without_parameters_are_told_before_anything_starts(
     told = capsys.readouterr().err
     assert "optim.freeze holds" in told
     assert "did you mean layers.*.attention.qkv.weight?" in told
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_asked_to_stop_before_ranks_run(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is lost: it leaves as one that has saved. A wish to save has nothing to do."""
+    before = signal.getsignal(number)
+
+    def ask(*rest: object) -> int:
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+        return 0
+
+    monkeypatch.setattr("megacore.launch.train.begun", ask)
+    saves = number == signal.SIGUSR2
+    assert main(["--preset", "demo"]) == (0 if saves else STOPPED)
+    assert ("the same command goes on" in capsys.readouterr().err) != saves
+    assert signal.getsignal(number) == before

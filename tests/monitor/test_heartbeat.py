@@ -2,6 +2,7 @@
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -9,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from megacore.monitor.heartbeat import Beater, Finding, Limits, Listener, Pulse, Seen, late, silent, understood
+from megacore.monitor.heartbeat import Beater, Listener
+from megacore.monitor.holdups import Finding, Limits, Seen, late, silent
+from megacore.monitor.pulse import Pulse, understood, waits
 
 TOKEN = "a secret"
 LIMITS = Limits(silent_s=8.0, abort_s=60.0, step_s=600.0)
@@ -30,13 +33,49 @@ def test_the_silent_rank_is_named() -> None:
 
 
 def test_the_rank_that_is_behind_is_named() -> None:
-    ranks = {0: seen(100, 90), 1: seen(100, 89, collectives=39), 2: seen(100, 90)}
+    ranks = {rank: seen(100, 90, counts={"dp 0": 20 - (rank == 1)}, waits=True) for rank in range(3)}
     found = late(ranks, 100.0, LIMITS)
     assert found is not None and (found.kind, found.rank) == ("late", 1)
-    assert "behind the others by 1 collectives" in found.text
+    assert "behind its peers by 1 collectives" in found.text
     assert late(ranks, 97.9, LIMITS) is None, "no more than 8 s"
     busy = ranks | {1: seen(100, 89, doing="saving")}
     assert late(busy, 1000.0, LIMITS) is None, "who saves is not late"
+
+
+def test_who_waits_for_nobody_holds_up_the_others() -> None:
+    """In a pipeline the ranks in the middle begin more messages in a step than the others: totals say nothing."""
+    ranks = {
+        0: seen(100, 90, collectives=40, counts={"0 1": 20, "1 0": 20}, waits=True),
+        1: seen(100, 90, collectives=79, counts={"0 1": 20, "1 0": 19, "1 2": 20, "2 1": 20}, waits=False),
+        2: seen(100, 90, collectives=40, counts={"1 2": 20, "2 1": 20}, waits=True),
+    }
+    found = late(ranks, 100.0, LIMITS)
+    assert found is not None and found.rank == 1
+    assert "is behind its peers by 1 collectives and waits for nobody" in found.text
+
+
+def test_who_left_out_a_collective_is_named_though_all_wait() -> None:
+    """Rank 3 is one behind in tp, for which ranks 2 and 3 are behind in dp, too."""
+    counts = [
+        {"tp 0": 9, "dp 0": 5},
+        {"tp 0": 9, "dp 1": 5},
+        {"tp 2": 8, "dp 0": 4},
+        {"tp 2": 7, "dp 1": 4},
+    ]
+    ranks = {rank: seen(100, 90, counts=each, waits=True) for rank, each in enumerate(counts)}
+    found = late(ranks, 100.0, LIMITS)
+    assert found is not None and found.rank == 3 and "behind its peers by 2 collectives, in" in found.text
+
+
+def test_a_rank_that_waits_is_known_by_its_stack() -> None:
+    scope: dict[str, Any] = {"__name__": "megacore.mesh.gloo", "goes_on": True}
+    exec("def wait():\n    while goes_on:\n        pass", scope)
+    thread = threading.Thread(target=scope["wait"], daemon=True)
+    thread.start()
+    assert thread.ident is not None
+    until(lambda: waits(thread.ident))
+    scope["goes_on"] = False
+    assert not waits(threading.get_ident())
 
 
 @pytest.mark.parametrize(("typical", "limit"), [(0.5, 8.0), (3.0, 30.0), (0.0, 600.0)])

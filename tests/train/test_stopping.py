@@ -175,8 +175,8 @@ def test_any_rank_may_hear_of_it(layout: str, who: str, letters: str, tmp_path: 
     assert (tmp_path / "checkpoints" / "latest").read_text() == f"step-{stop['step']:08d}\n"
 
 
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
+def wait_for(path: Path, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
     while not (path.exists() and path.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert path.exists(), "the run has not begun"
