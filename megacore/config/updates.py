@@ -13,6 +13,7 @@ BLOCK = 64
 
 
 def optim_problems(config: RunConfig) -> Iterator[str]:
+    """Warm-up, decay and floors of the learning rate, what the optimizer's own settings need, and how state is rounded."""
     o, steps = config.optim, config.train.steps
     end = o.decay_steps or steps
     # a run that is cut short inside its warm-up is a fair trial of a longer one
@@ -47,6 +48,7 @@ def copied_heads_problems(config: RunConfig) -> Iterator[str]:
 
 
 def clipping_problems(config: RunConfig) -> Iterator[str]:
+    """A way of clipping needs a bound."""
     o = config.optim
     if o.clip in ("value", "adagc") and not o.clip_grad:
         yield (
@@ -56,6 +58,7 @@ def clipping_problems(config: RunConfig) -> Iterator[str]:
 
 
 def offload_problems(config: RunConfig) -> Iterator[str]:
+    """Where optimizer state may wait."""
     o = config.optim
     if problem := split_problem(config, config.train.device):
         yield problem
@@ -64,6 +67,7 @@ def offload_problems(config: RunConfig) -> Iterator[str]:
 
 
 def precision_problems(config: RunConfig) -> Iterator[str]:
+    """Loss scales and master weights against the number format."""
     p = config.precision
     if p.loss_scale not in ("auto", "off", "dynamic") and not _is_positive(p.loss_scale):
         yield f"precision.loss_scale={p.loss_scale} must be auto, dynamic, off or a number above 0, such as 1024"
