@@ -37,19 +37,19 @@ FAULTS = MappingProxyType(
             "train/test_stopping.py::test_a_signal_saves_and_the_same_command_goes_on",
             "train/test_stopping.py::test_any_rank_may_hear_of_it",
             "launch/test_hosts.py::test_slurms_grace",
-            "open: SIGTERM at 50 random moments",
+            "train/test_preemption.py::test_no_finished_step_is_lost",
         ),
         "hang in a collective": (
             "train/test_standstill.py::test_found_within_ten_seconds",
             "train/test_standstill.py::test_a_stopped_rank_is_named_ended_and_the_run_goes_on",
             "monitor/test_heartbeat.py::test_the_rank_that_is_behind_is_named",
-            "open: a rank that stays away from one collective of a real run (the rule alone is tested)",
-            "open: SIGSTOP at 50 random moments",
+            "train/test_standstill.py::test_a_rank_that_strays_is_named_and_the_run_goes_on",
+            "train/test_stops.py::test_whoever_is_stopped_is_found",
         ),
         "slow rank": (
             "train/test_guards.py::test_the_slow_rank_is_named",
             "train/test_guards.py::test_stragglers_are_timed_in_a_run",
-            "open: a rank that is stopped and continued by turns in a real run",
+            "train/test_standstill.py::test_a_rank_that_is_stopped_by_turns_is_a_straggler",
         ),
         "NaN/Inf": (
             "engine/test_not_finite.py::test_none_reaches_the_weights",
