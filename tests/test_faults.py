@@ -45,6 +45,7 @@ FAULTS = MappingProxyType(
             "monitor/test_heartbeat.py::test_the_rank_that_is_behind_is_named",
             "train/test_standstill.py::test_a_rank_that_strays_is_named_and_the_run_goes_on",
             "train/test_stops.py::test_whoever_is_stopped_is_found",
+            "open: who left out a message between stages (found and ended, but another rank of the ring may be named)",
         ),
         "slow rank": (
             "train/test_guards.py::test_the_slow_rank_is_named",

@@ -89,7 +89,10 @@ def test_a_rank_that_strays_is_named_and_the_run_goes_on(
     what: str, rank: int, layout: tuple[str, ...], letters: str, tmp_path: Path
 ) -> None:
     """Alive, but not where the others wait for it: named as late, with what it did last and where all stand; the ranks
-    end after the limit of a step, and go on from the newest checkpoint as if nothing had been."""
+    end after the limit of a step, and go on from the newest checkpoint as if nothing had been.
+
+    Where a message was left out all wait, in a ring: which of them should have sent it is not known, and one is named.
+    """
     limits = ("guard.silent_s=4", "guard.step_limit_s=8", "train.steps=12", "train.eval_every=0")
     words = words_of(letters, tmp_path, *limits, "checkpoint.save_every=3", *layout)
     sizes = [
@@ -104,8 +107,9 @@ def test_a_rank_that_strays_is_named_and_the_run_goes_on(
 
     assert with_restarts(config, attempt, write=said.append) == 0
     (hang,) = hangs(tmp_path)
-    assert (hang["kind"], hang["rank"]) == ("late", rank), hang["text"]
-    assert f"rank {rank} (" in hang["text"] and f"step {STEP}, after " in hang["text"] and 4 <= hang["seconds"] < 8
+    assert hang["kind"] == "late" and (hang["rank"] == rank or what == SEND), hang["text"]
+    named = f"rank {hang['rank']} ("
+    assert named in hang["text"] and f"step {STEP}, after " in hang["text"] and 4 <= hang["seconds"] < 8
     assert ("waits for nobody" in hang["text"]) == (what == SUM)
     (restart,) = events(tmp_path, "restart")
     assert restart["step"] == 6 and "starting again from step 6" in "".join(said)
