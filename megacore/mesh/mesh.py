@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cached_property
 from itertools import count
 
 import torch
@@ -108,7 +109,11 @@ class ParallelMesh:
 
     def beside(self) -> Group:
         """All ranks, over gloo, in a process group of its own: for a thread that works beside training. All ranks must
-        call it."""
+        call it. It is made once: whoever asks again gets the same, when the thread before has ended."""
+        return self._beside
+
+    @cached_property
+    def _beside(self) -> Group:
         if self.layout.world == 1:
             return Group.single("beside")
         ranks = self.world.ranks

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 
 from megacore.layout.layout import Layout
 from megacore.mesh.collectives import all_gather, all_reduce, gather_objects
@@ -49,6 +50,20 @@ def host_groups_of_rank(rank: int, layout: Layout) -> list[tuple[int, float]]:
         assert group.size == 1 or (group.backend == "gloo" and group.handle is not usual.handle)
         found.append((group.size, all_reduce(torch.tensor([10.0**rank]), group).item()))
     return found
+
+
+def groups_of_lives(rank: int) -> list[int]:
+    """How many process groups there are after each of four lives of a run that asks for one beside training."""
+    mesh, found = ParallelMesh.build(Layout(dp=2, dp_shard=2), rank, CPU), []
+    for life in range(4):
+        assert gather_objects((life, rank), mesh.beside()) == [(life, 0), (life, 1)]
+        found.append(len(distributed_c10d._world.pg_map))
+    return found
+
+
+def test_a_run_that_is_lived_again_makes_no_more_groups(pool: WorkerPool) -> None:
+    for counts in pool.run(groups_of_lives, 2):
+        assert len(set(counts)) == 1 and counts[0] > 0
 
 
 def test_gpus_have_groups_for_what_is_in_host_memory(pool: WorkerPool) -> None:
