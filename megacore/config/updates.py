@@ -13,7 +13,7 @@ BLOCK = 64
 
 
 def optim_problems(config: RunConfig) -> Iterator[str]:
-    """Warm-up, decay and floors of the learning rate, what the optimizer's own settings need, and how state is rounded."""
+    """Learning-rate schedule, the settings that the optimizer itself needs, and how its state is rounded."""
     o, steps = config.optim, config.train.steps
     end = o.decay_steps or steps
     # a run that is cut short inside its warm-up is a fair trial of a longer one
