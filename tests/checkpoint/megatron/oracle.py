@@ -296,11 +296,13 @@ def arguments(case: Case) -> argparse.Namespace:
 
 
 def save_legacy(state: dict[str, Any], folder: Path, case: Case) -> None:
-    """One file of this rank, with what else Megatron-LM puts there."""
+    """One file of each model-parallel rank, of the first of its replicas, with what else Megatron-LM puts there."""
     import numpy as np
     import torch
     from megatron.core import parallel_state
 
+    if parallel_state.get_data_parallel_rank(with_context_parallel=True):
+        return
     tp, pp = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
     name = f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if case.pp > 1 else "")
     place = folder / "legacy" / f"iter_{ITERATION:07d}" / name
