@@ -68,6 +68,12 @@ class Files:
     last_step: int = 0
     """The last one that the life before this one has written down."""
 
+    def forget_after(self, step: int, out: Path) -> None:
+        """Leave out what is written down of later steps, which are made again."""
+        self.metrics.close()
+        drop_lines(out / METRICS, lambda record: record["step"] <= step)
+        self.metrics = MetricsWriter(out)
+
 
 class Reporter:
     """Figures, events and texts of one run. ``files`` is None on ranks that are silent."""
@@ -168,6 +174,8 @@ class Reporter:
             changes=[str(change) for change in resumed.changes],
             rejected=list(resumed.rejected),
         )
+        if resumed.own:  # now that it is told: who dies before this leaves both, and nothing unaccounted for
+            files.forget_after(resumed.step, Path(self.config.out))
 
     def saved(self, outcome: Outcome) -> None:
         """A save has ended, for good or ill."""
@@ -403,11 +411,8 @@ def open_files(config: RunConfig, colour: bool, width: int, resumed: Resumed | N
         raise ValueError(f"out={config.out} cannot be made ({error.strerror}); name another folder") from error
     goes_on = resumed is not None and resumed.own
     last_step = 0
-    if resumed is not None and goes_on:
-        last = resumed.step
-        if (out / METRICS).exists():
-            last_step = max((record["step"] for record in read_json_lines(out / METRICS)), default=0)
-        drop_lines(out / METRICS, lambda record: record["step"] <= last)  # the others are made again
+    if goes_on and (out / METRICS).exists():
+        last_step = max((record["step"] for record in read_json_lines(out / METRICS)), default=0)
     moved = None if goes_on else archive_previous_run(out)
     console = Console(sys.stdout, out / LOG, colour, width)
     if moved is not None:

@@ -45,6 +45,20 @@ def test_the_same_command_goes_on(
     assert not (tmp_path / "previous").exists()
 
 
+def test_a_start_that_dies_at_once_hides_nothing(letters: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was trained beyond the checkpoint is told of by the next start, though one died before it could tell."""
+    words = words_of(letters, tmp_path)
+    interrupted(monkeypatch, 6, words)
+    with monkeypatch.context() as patch:
+        patch.setattr("megacore.train.reporter.overview", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main([*words, f"checkpoint.resume={tmp_path / 'checkpoints' / folder_of(2)}"])
+    assert main([*words, f"checkpoint.resume={tmp_path / 'checkpoints' / folder_of(2)}"]) == 0
+    (resume,) = events(tmp_path, "resume")
+    assert (resume["step"], resume["again_until_step"], resume["again_until_sample"]) == (2, 4, 32)
+    assert [each["step"] for each in figures(tmp_path)] == list(range(1, STEPS + 1))
+
+
 def test_a_finished_run_does_nothing_more(
     letters: str, uninterrupted: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
