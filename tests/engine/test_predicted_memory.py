@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from megacore.config.schema import RunConfig
 from megacore.cost.memory import memory_by_rank
 from megacore.cost.practice import Practice
+from megacore.kernels.native import unavailable
 from megacore.layout import Layout
 from megacore.mesh import collectives
 from megacore.train.build import Built
@@ -106,5 +107,7 @@ SLOW = (
     ("world_size", "overrides"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 )
 def test_predictions_are_within_a_twentieth(pool: WorkerPool, world_size: int, overrides: str) -> None:
+    if reason := unavailable():  # PyTorch's own operations hold up to a tenth more
+        pytest.skip(f"what is predicted is of the usual kernels: {reason}")
     found = errors(pool, world_size, *overrides.split())
     assert max(map(abs, found)) <= 0.05, found

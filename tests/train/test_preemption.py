@@ -38,7 +38,6 @@ LAYOUTS = {
     "tp": ("2", "parallel.tp=2", "parallel.sequence_parallel=true"),
     "pp": ("2", "parallel.pp=2", "parallel.schedule=zb-h1", "checkpoint.async_save=false"),
     "zero3": ("2", "parallel.zero=3"),
-    "cp": ("2", "parallel.cp=2"),
     "tp, dp": ("4", "parallel.tp=2", "parallel.zero=1"),
 }
 TERMS = int(os.environ.get("MEGACORE_TERMS", str(2 * len(LAYOUTS))))

@@ -29,7 +29,6 @@ LAYOUTS = {
     "tp": ("2", "parallel.tp=2", "parallel.sequence_parallel=true"),
     "two stages": ("2", "parallel.pp=2", "checkpoint.async_save=false"),
     "zero3": ("2", "parallel.zero=3"),
-    "cp": ("2", "parallel.cp=2", "checkpoint.async_save=false"),
     "tp, dp": ("4", "parallel.tp=2", "parallel.zero=1"),
     "pp, dp": ("4", "parallel.pp=2", "parallel.schedule=zb-h1", "parallel.zero=2"),
     "four stages": ("4", "parallel.pp=4", "model.num_layers=4", "checkpoint.async_save=false"),
