@@ -271,6 +271,45 @@ def test_long_runs_make_short_pages(tmp_path):
     assert len(line["points"]) <= 3000
 
 
+def deep(depth: int) -> str:
+    return '{"a":' * depth + "[" * depth + "]" * depth + "}" * depth
+
+
+def test_depth_ends_nothing(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": {deep(450)}, "statistics": {deep(450)}}}\n')
+    (tmp_path / "events.jsonl").write_text(
+        f'{{"time": 1, "event": "profile", "x": {deep(450)}, "kinds": {deep(450)}}}\n'
+    )
+    run = read_run(tmp_path)
+    assert len(run.metrics) == len(run.events) == 1
+    check(page(run))
+
+
+def test_statistics_are_drawn_and_many_parts_are_summed_up(tmp_path):
+    def of(step: int) -> dict:
+        load = {f"layers.{layer}": {f"expert{each}": 0.1 * each + layer for each in range(4)} for layer in range(3)}
+        return {"gradient_norm": {"mlp": step, HOSTILE: 2.0}, "clipped_fraction": 0.5, "expert_load": load, "bad": "x"}
+
+    write(tmp_path / "metrics.jsonl", *[each | {"statistics": of(each["step"])} for each in metrics(range(1, 4))])
+    charts = [each for each in check(page(read_run(tmp_path))).drawn["charts"] if each["name"] == "statistics"]
+    assert [each["title"] for each in charts] == ["Gradient norm", "Clipped fraction", "Expert load"]
+    norm, fraction, load = charts
+    assert [line["name"] for line in norm["lines"]] == ["mlp", HOSTILE]
+    assert norm["lines"][0]["points"] == [[1, 1], [2, 2], [3, 3]]
+    assert [line["name"] for line in fraction["lines"]] == ["clipped_fraction"]
+    assert {line["name"]: line["points"][0][1] for line in load["lines"]} == {
+        "least of 12": 0.0,
+        "middle": pytest.approx(1.15),
+        "most": pytest.approx(2.3),
+    }
+
+
+def test_events_are_told_as_people_read_them(tmp_path):
+    words = check(page(read_run(full_run(tmp_path / "run")))).words
+    assert "size 5.00 MB, took 0.50 s, checkpoint step-00000020, removed step-00000010" in words
+    assert "parallel.pp21" in words, "key, value and default, as in a run file"
+
+
 def test_thin_curves_keep_their_spikes():
     points = [(float(step), float(step % 3)) for step in range(10_000)]
     points[4321] = (4321.0, 99.0)

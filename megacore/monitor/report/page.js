@@ -36,14 +36,14 @@
     return found;
   }
 
-  // Means over a window around each point, which shrinks towards the ends.
+  // Means over a window around each point. Where a curve begins it is no wider ahead than back: there a loss falls fast.
   function smoothed(points) {
     const reach = Math.floor((state.smooth / 100) ** 2 * points.length / 6);
     if (!reach) return points;
     const sums = [0];
     for (const point of points) sums.push(sums[sums.length - 1] + point[1]);
     return points.map(([x], place) => {
-      const side = Math.min(reach, place), end = Math.min(points.length, place + reach + 1);
+      const side = Math.min(reach, place), end = Math.min(points.length, place + side + 1);
       return [x, (sums[end] - sums[place - side]) / (end - place + side)];
     });
   }
@@ -97,7 +97,9 @@
       const turn = (y) => (log ? Math.log10(y) : y);
       const values = lines.flatMap((line) => inside(line.points).map((point) => point[1])).filter((y) => !log || y > 0);
       if (!values.length) { this.scale = null; return; }
-      let [low, high] = this.limits(values, lines.flatMap((line) => inside(line.soft).map((point) => point[1])));
+      const late = log || state.range ? values : lines.flatMap((line) => line.points.filter(([x]) => x >= first + (last - first) * 0.03))
+        .map((point) => point[1]);
+      let [low, high] = this.limits(values, lines.flatMap((line) => inside(line.soft).map((point) => point[1])), late);
       [low, high] = [turn(low), turn(high)];
       const margin = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
       [low, high] = [low - margin, high + margin];
@@ -106,7 +108,7 @@
       this.scale = { x, y, first, last, area, lines, width, log, low, high };
       this.axes();
       this.marks();
-      const id = "clip-" + this.spec.name;
+      const id = "clip-" + data.charts.indexOf(this.spec);
       this.svg.append(make("svg:clipPath", { id }, make("svg:rect", { x: area.left, y: area.top - 4,
         width: area.right - area.left, height: area.bottom - area.top + 6 })));
       const group = make("svg:g", { "clip-path": `url(#${id})` });
@@ -116,10 +118,15 @@
       this.svg.append(this.cursor);
     }
 
-    // One spike must not flatten the rest: the most is that of usual values, unless little lies beyond.
-    limits(values, soft) {
+    // One spike must not flatten the rest: the most is that of usual values, unless little lies beyond. A loss is shown with
+    // all its spikes, but without its first fall.
+    limits(values, soft, late) {
       const sorted = [...values].sort((a, b) => a - b), at = (share) => sorted[Math.floor(share * (sorted.length - 1))];
       const low = sorted[0], high = sorted[sorted.length - 1], usual = at(0.985);
+      if (this.wide && late.length >= 50) {
+        const most = late.reduce((a, b) => Math.max(a, b)), least = late.reduce((a, b) => Math.min(a, b));
+        return high - low > 2.5 * (most - least) ? [low, most + (most - least) * 0.25] : [low, high];
+      }
       if (this.wide || sorted.length < 50 || high - low < 3 * (usual - at(0.015))) return [low, high];
       return [Math.max(low, at(0.015) - (usual - at(0.015))), Math.max(usual * 1.2, ...soft.slice(Math.floor(soft.length / 20)))];
     }
@@ -132,7 +139,7 @@
         this.svg.append(make("svg:line", { x1: area.left, x2: area.right, y1: at, y2: at, stroke: "var(--hair)" }));
         this.svg.append(make("svg:text", { x: area.left - 8, y: at + 4, "text-anchor": "end" }, show(log ? 10 ** tick : tick)));
       }
-      for (const tick of ticks(first, last, Math.max(2, Math.floor((area.right - area.left) / 110)))) {
+      for (const tick of ticks(first, last, Math.max(2, Math.floor((area.right - area.left) / (state.axis === "step" ? 65 : 80))))) {
         if (state.axis === "step" && !Number.isInteger(tick)) continue;
         this.svg.append(make("svg:line", { x1: x(tick), x2: x(tick), y1: area.bottom, y2: area.bottom + 4, stroke: "var(--line)" }));
         this.svg.append(make("svg:text", { x: x(tick), y: area.bottom + 17, "text-anchor": "middle" }, show(tick)));

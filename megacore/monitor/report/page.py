@@ -4,7 +4,9 @@ import base64
 import hashlib
 import json
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from megacore import __version__
@@ -15,6 +17,8 @@ from megacore.monitor.report.reading import Run, number, places, thinned
 MOST_POINTS = 3000
 """Of a curve; more than a screen has columns."""
 MOST_MARKS = 400
+MOST_STATISTICS, FEWER_POINTS = 16, 500
+"""Charts of statistics, and points of their curves."""
 SECRETS, SHORTEST_SECRET = ("alert_webhook", "alert_command"), 8
 HERE = Path(__file__).parent
 MARKS = (
@@ -92,6 +96,57 @@ def hidden(markup: str, run: Run) -> str:
     return markup
 
 
+def curve(name: str, shade: str, points: Sequence[tuple[float, float]], most: int) -> dict[str, Any]:
+    """One line of a chart."""
+    few = [[step, float(f"{value:.6g}")] for step, value in thinned(points, most)]
+    return {"name": name, "shade": shade, "points": few, "all": len(points)}
+
+
+def statistics(run: Run) -> list[dict[str, Any]]:
+    """Charts of what ``log.statistics_every`` writes: a line for each part of the model; where these are too many, for
+    the least, the middle and the most of them."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for record in run.metrics:
+        figures = record.get("statistics")
+        for title, figure in figures.items() if isinstance(figures, dict) else ():
+            lines = found.setdefault(str(title), {})
+            for name, value in leaves("", figure):
+                lines.setdefault(name or str(title), []).append((float(record["step"]), value))
+    charts = []
+    for title, lines in list(found.items())[:MOST_STATISTICS]:
+        if len(lines) > len(parts.SHADES):
+            by_step: dict[float, list[float]] = {}
+            for points in lines.values():
+                for step, value in points:
+                    by_step.setdefault(step, []).append(value)
+            of = {f"least of {len(lines)}": min, "middle": median, "most": max}
+            lines = {name: [(step, float(pick(each))) for step, each in by_step.items()] for name, pick in of.items()}
+        shown = [
+            curve(parts.short(name), shade, points, FEWER_POINTS)
+            for (name, points), shade in zip(lines.items(), parts.SHADES)
+            if points
+        ]
+        if shown:
+            charts.append(
+                {
+                    "name": "statistics",
+                    "title": parts.short(title.replace("_", " ").capitalize()),
+                    "unit": "",
+                    "lines": shown,
+                }
+            )
+    return charts
+
+
+def leaves(name: str, figure: Any, depth: int = 3) -> Iterator[tuple[str, float]]:
+    """Dotted name and value of every number that lies no deeper."""
+    if isinstance(figure, dict):
+        for key, each in figure.items() if depth else ():
+            yield from leaves(f"{name}.{key}" if name else str(key), each, depth - 1)
+    elif (value := number(figure)) is not None:
+        yield name, value
+
+
 def links(sections: list[str]) -> list[str]:
     """To every section that is there."""
     found = []
@@ -125,10 +180,10 @@ def content(run: Run) -> dict[str, Any]:
         for figure, label, shade in lines:
             points = run.series(figure)
             if points:
-                few = [[step, float(f"{value:.6g}")] for step, value in thinned(points, MOST_POINTS)]
-                shown.append({"name": label, "shade": shade, "points": few, "all": len(points)})
+                shown.append(curve(label, shade, points, MOST_POINTS))
         if shown and not (name == "tflops" and run.series("mfu")):
             charts.append({"name": name, "title": title, "unit": unit, "lines": shown})
+    charts += statistics(run)
     marks = []
     for event, step in places(run):
         kind, began = event["event"], number(event.get("first_step"))

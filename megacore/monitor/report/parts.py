@@ -4,14 +4,15 @@ import base64
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from megacore.config.schema import RunConfig
-from megacore.config.write import flatten
+from megacore.config.write import flatten, toml_value
 from megacore.monitor.console import human_bytes, human_count, human_time
 from megacore.monitor.report.markup import bar, section, table, tag, text
-from megacore.monitor.report.reading import Run, checkpoints, number, places
+from megacore.monitor.report.reading import Run, checkpoints, is_step, number, places
 
 SHADES = ("blue", "orange", "green", "purple", "red", "teal", "grey", "pink")
 LOUD = frozenset(
@@ -22,6 +23,7 @@ MOST_EVENTS, MOST_SAMPLES = 1000, 12
 LONGEST = 400
 ELSEWHERE = frozenset({"time", "event", "text", "step", "error", "startup_s", "versions", "kinds"})
 """Of an event: what stands in other columns and sections."""
+LABELS = MappingProxyType({"bytes": "size", "seconds": "took"})
 STATUS = MappingProxyType(
     {
         "finished": "finished",
@@ -168,7 +170,7 @@ def memory(run: Run) -> str:
     cpu = run.config is not None and run.start.get("device") in ("cpu", "CPU")
     of = ", of a process with all its libraries." if cpu and peaks else "." if peaks else ""
     note = f"Tensors on each pipeline rank, as the planner counts them.{measured}{of}"
-    body = tag("ul", keys, class_="keys") + table(("rank", "", "all", *names), rows, class_="scroll memory")
+    body = tag("ul", keys, class_="keys") + table(("rank", "", "all", *names), rows, class_="scroll memory even")
     return section("memory", "Memory", body, note=note)
 
 
@@ -192,9 +194,27 @@ def short(value: Any) -> str:
     return shown if len(shown) <= LONGEST else shown[: LONGEST - 1] + "…"
 
 
-def brief(value: Any) -> Any:
-    """Numbers with the digits that people read."""
-    return f"{value:.4g}" if isinstance(value, float) else value
+def fact(name: str, value: Any, depth: int = 3) -> str:
+    """A detail of an event, as people read it."""
+    known = number(value)
+    if known is not None and known >= 0:
+        if name == "bytes":
+            return human_bytes(known)
+        if name == "seconds" or name.endswith("_s"):
+            return human_time(known)
+        if name == "goodput":
+            return f"{known:.1%}"
+    if isinstance(value, (list, dict)):
+        if not depth:
+            return "…"
+        if isinstance(value, list):
+            return ", ".join(fact(name, each, depth - 1) for each in value)
+        return ", ".join(f"{key} {fact(str(key), each, depth - 1)}" for key, each in value.items())
+    if name in ("checkpoint", "removed"):
+        return Path(str(value)).name
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if is_step(value) and name not in ("step", "first_step", "last_step") else str(value)
 
 
 def events(run: Run) -> str:
@@ -207,13 +227,15 @@ def events(run: Run) -> str:
         facts = {key: value for key, value in event.items() if key not in ELSEWHERE}
         said = event.get("text") or event.get("error") or ""
         more = ", ".join(
-            f"{key} {short(brief(value))}" for key, value in facts.items() if value not in (None, "", [], {})
+            f"{LABELS.get(key, key.removesuffix('_s').replace('_', ' '))} {short(fact(key, value))}"
+            for key, value in facts.items()
+            if value not in (None, "", [], {})
         )
         what = (text(short(said)) + " " if said else "") + tag("small", text(short(more)))
         when, kind = tag("time", text(clock(event["time"]))), tag("span", text(name), class_=f"kind {loudness}")
         rows.append((when, text("" if step is None else step), kind, what))
     note = f"The newest {MOST_EVENTS} of {len(found)}." if len(found) > MOST_EVENTS else ""
-    body = table(("time", "step", "event", ""), rows, class_="scroll tall") if rows else ""
+    body = table(("time", "step", "event", ""), rows, class_="scroll tall events") if rows else ""
     return section("events", "Events", body, note=note)
 
 
@@ -255,7 +277,7 @@ def saved(run: Run) -> str:
                 tag("code", text(each.get("checkpoint", ""))),
             )
         )
-    body = table(("step", "", "size", "took", "time", "folder"), rows, class_="scroll tall") if rows else ""
+    body = table(("step", "", "size", "took", "time", "folder"), rows, class_="scroll tall even") if rows else ""
     return section("checkpoints", "Checkpoints", body)
 
 
@@ -265,11 +287,15 @@ def configuration(run: Run) -> str:
     if run.config is not None:
         usual = flatten(RunConfig())
         rows = [
-            (tag("code", text(key)), tag("code", text(value)), tag("code", text(usual[key]), class_="dim"))
+            (
+                tag("code", text(key)),
+                tag("code", text(toml_value(value))),
+                tag("code", text(short(toml_value(usual[key]))), class_="dim"),
+            )
             for key, value in flatten(run.config).items()
             if value != usual[key]
         ]
-        body = table(("key", "value", "default"), rows)
+        body = table(("key", "value", "default"), rows, class_="scroll config")
     if run.config_text:
         body += tag("details", tag("summary", "config.toml") + tag("pre", text(run.config_text)))
     return section("config", "Configuration", body, note="What differs from the defaults." if run.config else "")

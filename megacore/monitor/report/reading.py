@@ -7,7 +7,7 @@ import json
 import math
 import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,16 @@ class Run:
 
     def series(self, name: str) -> list[tuple[float, float]]:
         """(step, value) wherever it is finite; ``name`` is dotted where it lies deeper."""
-        points = ((each["step"], number(value_of(each, name))) for each in self.metrics)
-        return [(float(step), value) for step, value in points if value is not None]
+        *outer, last = name.split(".")
+        points = []
+        for each in self.metrics:  # of which there may be hundreds of thousands
+            found: Any = each
+            for part in outer:
+                found = found.get(part) if type(found) is dict else None
+            value = found.get(last) if type(found) is dict else None
+            if value is not None and (known := number(value)) is not None:
+                points.append((float(each["step"]), known))
+        return points
 
     def memory(self) -> tuple[RankMemory, ...]:
         """What each pipeline rank should need, by the planner; empty where the configuration cannot be priced."""
@@ -166,14 +174,6 @@ def number(value: Any) -> float | None:
     except OverflowError:
         return None
     return found if abs(found) < LARGEST else None
-
-
-def value_of(record: Mapping[str, Any], name: str) -> Any:
-    """By its dotted name."""
-    found: Any = record
-    for part in name.split("."):
-        found = found.get(part) if isinstance(found, Mapping) else None
-    return found
 
 
 def _lines(path: Path, fits: Any, damaged: list[str]) -> list[Record]:
