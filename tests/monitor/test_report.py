@@ -321,6 +321,12 @@ def test_thin_curves_keep_their_spikes():
     assert list(thinned(points[:500], 500)) == points[:500]
 
 
+def test_a_clock_that_is_ahead_makes_no_time_before_the_start(tmp_path):
+    write(tmp_path / "metrics.jsonl", *metrics(range(1, 8)))
+    write(tmp_path / "events.jsonl", {"time": NOW, "event": "start"}, {"time": NOW + 10, "event": "finish"})
+    assert read_run(tmp_path, NOW - 1e6).goodput.wall_s == 10
+
+
 def test_an_event_without_a_step_is_where_the_run_ended(tmp_path):
     write(tmp_path / "metrics.jsonl", *metrics(range(1, 8)))
     write(tmp_path / "events.jsonl", {"time": NOW, "event": "start"}, {"time": NOW, "event": "hang"})

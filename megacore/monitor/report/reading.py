@@ -225,7 +225,8 @@ def _goodput(events: Sequence[Record], metrics: Sequence[Record], now: float) ->
         known = phases.values() if event["event"] == "start" and isinstance(phases, dict) else ()
         starts.append({**event, "startup_s": dict(enumerate(map(_seconds, known)))})
     steps = [{"step": each["step"], "step_time_s": _seconds(each.get("step_time_s"))} for each in metrics]
-    return goodput(starts, steps, now)
+    latest = max((event["time"] for event in events), default=now)  # of a machine whose clock is ahead
+    return goodput(starts, steps, max(now, latest))
 
 
 def _seconds(value: Any) -> float:
