@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
+from types import MappingProxyType
 
 from megacore.launch.job import WAIT, Job, explained, lines, node_command, preflight_command, quoted
 from megacore.monitor.run_folder import STOP
@@ -13,7 +14,7 @@ _DURATION = re.compile(
     r"(?P<m>\d+)|(?P<m1>\d+):(?P<s1>\d+)|(?P<h2>\d+):(?P<m2>\d+):(?P<s2>\d+)"
     r"|(?P<d>\d+)-(?P<h>\d+)(?::(?P<m3>\d+)(?::(?P<s3>\d+))?)?"
 )
-_SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+_SECONDS = MappingProxyType({"d": 86400, "h": 3600, "m": 60, "s": 1})
 
 
 def problems(options: Mapping[str, str], more: Sequence[str], grace_s: int) -> list[str]:

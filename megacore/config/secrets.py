@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 from urllib.parse import urlsplit
 
 from megacore.config.schema import RunConfig
@@ -14,7 +15,7 @@ HIDDEN = "(hidden)"
 
 def without_secrets(config: RunConfig) -> RunConfig:
     """The run as it may be read by others; ``config.toml`` and checkpoints hold this one."""
-    found = {name: HIDDEN for name in _names() if getattr(config.log, name)}
+    found: dict[str, Any] = {name: HIDDEN for name in _names() if getattr(config.log, name)}
     return replace(config, log=replace(config.log, **found)) if found else config
 
 
