@@ -119,12 +119,9 @@ def statistics(run: Run) -> list[dict[str, Any]]:
             for points in lines.values():
                 for step, value in points:
                     by_step.setdefault(step, []).append(value)
-            of: dict[str, Callable[[list[float]], float]] = {
-                f"least of {len(lines)}": lambda each: each[0],
-                "middle": median,
-                "most": lambda each: each[-1],
-            }
-            lines = {name: [(step, pick(sorted(each))) for step, each in by_step.items()] for name, pick in of.items()}
+            of: dict[str, Callable[[list[float]], float]]
+            of = {f"least of {len(lines)}": min, "middle": median, "most": max}
+            lines = {name: [(step, float(pick(each))) for step, each in by_step.items()] for name, pick in of.items()}
         shown = [
             curve(parts.short(name), shade, points, FEWER_POINTS)
             for (name, points), shade in zip(lines.items(), parts.SHADES)
