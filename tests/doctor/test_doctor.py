@@ -187,7 +187,7 @@ def test_a_preflight_that_fails_ends_the_job_with_the_reason(tmp_path: Path) -> 
     command = [sys.executable, "-m", "megacore.launch.node", "--preflight", "--nproc", "2", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 1 and "disk: /proc cannot be written" in done.stdout, done.stderr
+    assert done.returncode == 1 and "FAIL" in done.stdout and "disk: /proc cannot be written" in done.stderr, done
     assert "rank 0 of 2 failed: pre-flight" in done.stderr and "--exclude=NODE" in done.stderr
 
 
