@@ -45,7 +45,7 @@ from megacore.launch.endings import NODE, VARIABLE, Endings
 from megacore.launch.failures import Failure, cause, describe
 from megacore.launch.places import is_free
 from megacore.launch.processes import SETTLE_S
-from megacore.launch.restarts import Restarts
+from megacore.launch.restarts import Restarts, newest_step
 from megacore.launch.terminal import page_width
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -270,6 +270,11 @@ def gives_up(outcome: Outcome, place: Place, reason: Exception, deadline: float)
     """After a meeting that failed: the exit code, or None after a moment's rest."""
     if outcome.asked:
         return STOPPED
+    config = outcome.restarts.config
+    if 0 < config.train.steps <= newest_step(config):
+        # a node that died at the very end: the others have finished without it, and nobody comes any more
+        outcome.write(f"megacore: nothing is left to do: step {config.train.steps}, the last, is saved\n")
+        return 0
     if time.monotonic() >= deadline:
         outcome.write(f"megacore: {place.host}:{place.port}, where the nodes meet, has too few of them: {reason}\n")
         return 1

@@ -71,6 +71,24 @@ def test_wrong_input(
     assert message in capsys.readouterr().err
 
 
+def test_a_node_that_comes_when_all_is_done(letters: str, tmp_path: Path) -> None:
+    """The others have left, so nobody will ever be where they met."""
+    from megacore.launch.agent import Outcome, Place, gives_up
+    from megacore.launch.endings import Endings
+    from megacore.launch.restarts import Restarts
+    from megacore.launch.train import main, parser, requested
+
+    said: list[str] = []
+    words = words_of(letters, tmp_path, "train.steps=2")
+    config, _ = requested(parser().parse_args(words), None)
+    outcome = Outcome(Endings(tmp_path), Restarts(config), said.append)
+    place, gone = Place("job", "host", 1, "here", False), OSError("gone")
+    assert gives_up(outcome, place, gone, time.monotonic() + 60) is None and "trying again" in said[-1]
+    assert gives_up(outcome, place, gone, 0.0) == 1
+    assert main(words) == 0
+    assert gives_up(outcome, place, gone, time.monotonic() + 60) == 0 and "nothing is left to do" in said[-1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_asked_to_stop_it_saves_and_the_same_command_goes_on(number: int, letters: str, tmp_path: Path) -> None:

@@ -160,11 +160,12 @@ class Chaos:
             while time.monotonic() < until and not run.over():
                 time.sleep(0.005)
             return not run.over()
-        count = self.chance.randint(1, 12 if moment in ("step", "save") else 2)
+        most, rest_s = {"step": (12, 0.02), "save": (12, 0.02), "evaluation": (2, 0.02), "shutdown": (1, 0.2)}[moment]
+        count = self.chance.randint(1, most)
         while not run.over():
             assert time.monotonic() < deadline, run.log()
             if any(each.kinds.count(moment) >= count for each in all_of(run.notes, since)):
-                time.sleep(self.chance.uniform(0.0, 0.02))
+                time.sleep(self.chance.uniform(0.0, rest_s))
                 return not run.over()
             time.sleep(0.005)
         return False
