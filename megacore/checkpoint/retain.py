@@ -9,6 +9,8 @@ from megacore.checkpoint.store import Store
 
 VAL_LOSS = "val_loss"
 """The name of the validation loss in a manifest's state."""
+EVALUATION_DUE = "evaluation_due"
+"""There, too: the figures of the step, whose evaluation a stop left out."""
 
 
 @dataclass

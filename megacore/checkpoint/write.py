@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
@@ -20,6 +20,7 @@ from megacore.checkpoint.manifest import (
     SliceEntry,
     TensorEntry,
     hash_of,
+    read_manifest,
 )
 from megacore.checkpoint.parts import MAX_SLICE_BYTES
 from megacore.checkpoint.store import Store
@@ -120,6 +121,16 @@ def commit(
     Manifest.from_bytes(data, f"the manifest of {store.describe()}")
     store.replace(MANIFEST, data)
     return manifest
+
+
+def amend(store: Store, state: Mapping[str, Any]) -> None:
+    """Give a checkpoint another ``state``: its manifest is exchanged at once, all else stays as it is.
+
+    Raises ValueError where it is not whole, OSError as usual; the old manifest then stands.
+    """
+    data = replace(read_manifest(store), state=state).to_bytes()
+    Manifest.from_bytes(data, f"the manifest of {store.describe()}")
+    store.replace(MANIFEST, data)
 
 
 def _header(planned: Sequence[Planned]) -> tuple[bytes, list[int]]:

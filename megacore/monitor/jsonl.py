@@ -79,11 +79,16 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
             if number == len(lines):
                 continue  # still being written, or cut short by a crash
             raise ValueError(f"{path}, line {number}: not JSON ({error}); remove the line") from None
-        for name, value in record.pop("nonfinite", {}).items():
-            *outer, last = name.split(".")
-            reduce(getitem, outer, record)[last] = float(value)
-        records.append(record)
+        records.append(restored(record))
     return records
+
+
+def restored(record: dict[str, Any]) -> dict[str, Any]:
+    """A record as it was before ``finite``; it is changed in place."""
+    for name, value in record.pop("nonfinite", {}).items():
+        *outer, last = name.split(".")
+        reduce(getitem, outer, record)[last] = float(value)
+    return record
 
 
 def drop_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> int:

@@ -1,13 +1,14 @@
 """The figures of a step: their record in metrics.jsonl, the one line that people read, and the run's events."""
 
+import copy
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from megacore.monitor.console import Paint, human_count, human_time, plain
-from megacore.monitor.jsonl import JsonLines
+from megacore.monitor.jsonl import JsonLines, restored
 from megacore.monitor.run_folder import EVENTS, METRICS
 
 
@@ -45,6 +46,13 @@ class StepMetrics:
             if record[name] is None:
                 del record[name]
         return record
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "StepMetrics":
+        """From such an object as JSON holds it (see ``jsonl.finite``); what this version does not know is left out."""
+        known = {each.name for each in fields(cls)}
+        found = restored(copy.deepcopy(dict(record)))
+        return cls(**{name: value for name, value in found.items() if name in known})
 
 
 class MetricsWriter:

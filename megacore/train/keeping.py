@@ -17,9 +17,10 @@ from megacore.checkpoint.hf.same_tokenizer import HASH, is_same, joined
 from megacore.checkpoint.manifest import MANIFEST, TRAINING
 from megacore.checkpoint.opening import open_weights
 from megacore.checkpoint.read import Checkpoint
-from megacore.checkpoint.retain import VAL_LOSS, Retention, remove_unfinished
+from megacore.checkpoint.retain import EVALUATION_DUE, VAL_LOSS, Retention, remove_unfinished
 from megacore.checkpoint.save import Facts, Outcome, Saver
 from megacore.checkpoint.store import Store, open_store
+from megacore.checkpoint.write import amend
 from megacore.config.changes import SAFE, Change, changes, model_problems, refuse
 from megacore.config.errors import ConfigError
 from megacore.mesh.collectives import agree, gather_objects
@@ -53,6 +54,12 @@ class Resumed:
     def samples(self) -> int:
         """Ordinals below this have been trained on."""
         return int(self.state["samples"])
+
+    @property
+    def unevaluated(self) -> Mapping[str, Any]:
+        """The figures of the step, as JSON holds them, where a stop of this very run left its evaluation out."""
+        found: Mapping[str, Any] = self.state.get(EVALUATION_DUE, {}) if self.own else {}
+        return found
 
     def lines(self) -> Iterator[str]:
         """What a person should know."""
@@ -210,6 +217,20 @@ class Keeper:
         self.saver.start(Facts(step, self.config, sizes, state, self.attachments))
         if not self.config.checkpoint.async_save:
             self.poll(reporter)
+
+    def evaluated(self, resumed: Resumed, val_loss: float, reporter: Reporter) -> None:
+        """The evaluation that was due after the step from which the run goes on has been made up: the checkpoint gets
+        it, too. Saving it again would take the only good one away first."""
+        if self.rank:
+            return
+        state = {name: value for name, value in resumed.state.items() if name != EVALUATION_DUE}
+        if math.isfinite(val_loss):
+            state[VAL_LOSS] = val_loss
+        try:
+            amend(self.store.child(folder_of(resumed.step)), state)
+        except Exception as reason:  # of whatever kind: the others go on, and what is due is made up once more
+            text = f"{resumed.what} could not be told its validation loss: {type(reason).__name__}: {reason}"
+            reporter.warn("warning", text, step=resumed.step)
 
     def poll(self, reporter: Reporter) -> None:
         """Report a save that has ended; does not wait."""

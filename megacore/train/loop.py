@@ -21,7 +21,7 @@ from megacore.train.build import Built, build, join
 from megacore.train.data import RunData, open_data, tokenizer_files
 from megacore.train.guards import Guards, ledger_of
 from megacore.train.heart import Heart
-from megacore.train.keeping import Keeper
+from megacore.train.keeping import Keeper, Resumed
 from megacore.train.reporter import Reporter
 from megacore.train.step import StepResult
 from megacore.train.timing import StepClock
@@ -101,7 +101,8 @@ def live(
         if weights and keeper.other_tokenizer:
             spec = config.data.tokenizer
             reporter.warn("warning", f"data.tokenizer={spec} is not the one of {weights}: ids now mean other text")
-        code = Loop(built, data, reporter, keeper, wishes, watching, heart, guards).run(start[0])
+        loop = Loop(built, data, reporter, keeper, wishes, watching, heart, guards)
+        code = loop.make_up(resumed) or loop.run(start[0])
     except BaseException as error:
         with suppress(Exception):  # what fails in the wake of a fault must not hide it
             reporter.fault(error)
@@ -131,6 +132,8 @@ class Late:
     ended: Mark
     tokens: int
     val_loss: Tensor | None = None
+    unevaluated: bool = False
+    """Whether a stop leaves its evaluation out, which is made up when the run is taken up again."""
 
 
 class Loop:
@@ -183,11 +186,12 @@ class Loop:
             evaluates, samples = self.due(c.train.eval_every, step), self.due(c.log.sample_every, step)
             saves = self.due(c.checkpoint.save_every, step) or self.due(c.checkpoint.export_hf_every, step)
             val_loss = None
-            last = step == c.train.steps  # whose evaluation nobody makes again
+            last = step == c.train.steps  # whose evaluation nobody would make up: no run is taken up after it
             if evaluates and (last or not asked.stop):
                 self.heart.does("evaluation")
                 self.late.val_loss = val_loss = self.evaluate(hurries=not last)
-            stops = asked.stop or (evaluates and val_loss is None)
+            self.late.unevaluated = evaluates and val_loss is None
+            stops = asked.stop or self.late.unevaluated
             if samples and not stops:
                 self.heart.does("sampling")
                 self.flush()
@@ -210,13 +214,26 @@ class Loop:
         self.reporter.finish()
         return 0
 
+    def make_up(self, resumed: Resumed | None) -> int:
+        """Make the evaluation that a stop left out after the step from which the run goes on. Returns 0, or the exit
+        code where the run is asked to stop meanwhile: it is due still."""
+        if resumed is None or not resumed.unevaluated or not self.config.train.eval_every:
+            return 0
+        self.heart.does("evaluation")
+        val_loss = self.evaluate()
+        if val_loss is None:
+            return self.stop(resumed.step)
+        self.reporter.evaluated(resumed.unevaluated, val_loss)
+        self.keeper.evaluated(resumed, val_loss.item(), self.reporter)
+        return 0
+
     def save(self, step: int, val_loss: Tensor | None) -> None:
         """Keep the state after a step. Its figures are written down before: what is resumed has no gap."""
         self.flush()
         if self.guards.goes_back:
             return
         loss = None if val_loss is None else val_loss.item()
-        self.keeper.save(step, self.data, self.reporter, loss, self.guards.state())
+        self.keeper.save(step, self.data, self.reporter, loss, self.guards.state() | self.reporter.state())
         self.wishes.saved()
 
     def go_back(self) -> int:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from megacore import __version__
+from megacore.checkpoint.retain import EVALUATION_DUE
 from megacore.config.schema import RunConfig
 from megacore.config.secrets import hidden_keys, without_secrets
 from megacore.config.write import config_hash, to_toml
@@ -35,7 +37,7 @@ from megacore.monitor.console import (
     visible_width,
 )
 from megacore.monitor.goodput import goodput_of
-from megacore.monitor.jsonl import drop_lines, read_json_lines
+from megacore.monitor.jsonl import drop_lines, finite, read_json_lines
 from megacore.monitor.metrics import EventsWriter, MetricsWriter, StepMetrics, format_line
 from megacore.monitor.run_folder import CONFIG, LOG, METRICS, TIMELINE, TIMELINE_PICTURE, archive_previous_run
 from megacore.spec.flops import train_flops_per_token
@@ -87,6 +89,8 @@ class Reporter:
         first_step = 1 if resumed is None else resumed.step + 1
         self.recorded, self.shown, self.warned = Meter(first_step), Meter(first_step), False
         self.skips = Skips(mesh.device, int(state.get("skipped", 0)))
+        self.unevaluated: dict[str, Any] = {}
+        """The record of a step whose evaluation a stop leaves out."""
         self.devices = Devices(mesh, config.log.gpu_every)
         self.began = time.perf_counter()
         self.samples_of: Callable[[int], int] = lambda step: 0
@@ -238,12 +242,15 @@ class Reporter:
         self.recorded.add(late)
         self.shown.add(late)
         self.skips.add(late.result.skipped)
-        always = late.step in (1, c.train.steps) or late.val_loss is not None
+        evaluates = late.val_loss is not None or late.unevaluated
+        always = late.step in (1, c.train.steps) or evaluates
         span, metrics = None, None
         if always or late.step % c.log.every == 0 or late.result.statistics is not None:
             span = self.recorded.read()
             metrics = self.figures(late, span)
             self.record(metrics, span, files)
+            if late.unevaluated:
+                self.unevaluated = metrics.record()
         if always or late.step % (c.log.console_every or c.log.every) == 0:
             shown = self.shown.read()
             if metrics is None or shown != span:
@@ -294,6 +301,22 @@ class Reporter:
             statistics=late.result.figures(),
             gpu=gpu,
         )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of figures that lack an evaluation; of rank 0."""
+        return {EVALUATION_DUE: finite(self.unevaluated)} if self.unevaluated else {}
+
+    def evaluated(self, record: Mapping[str, Any], val_loss: Tensor) -> None:
+        """The evaluation that a stop left out of the ``record`` of the newest step has been made up: its line is
+        written again, with that. Who dies in between leaves none, and a checkpoint that has it."""
+        if self.files is None:
+            return
+        metrics = replace(StepMetrics.of(record), val_loss=val_loss.item())
+        self.files.forget_after(metrics.step - 1, Path(self.config.out))
+        self.files.metrics.write(metrics)
+        self.files.watchers.log(metrics)
+        line = format_line(metrics, self.config.train.steps, None, self.files.console.paint)
+        self.files.console.line(f"{line}  (the evaluation that a stop left out)")
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Show a text that the model wrote."""

@@ -5,26 +5,28 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
+from megacore.checkpoint.find import folder_of
+from megacore.checkpoint.read import Checkpoint
 from megacore.exits import STOPPED
 from megacore.launch.train import main
-from megacore.monitor.run_folder import METRICS, PROFILE_NOW, SAVE, STOP
+from megacore.model.inputs import Inputs
+from megacore.monitor.metrics import MetricsWriter
+from megacore.monitor.run_folder import METRICS, PROFILE_NOW, SAVE, STOP, TENSORBOARD
+from megacore.train.failpoints import Provoked
 from megacore.train.loop import Loop
+from megacore.train.step import Trainer
+from megacore.train.watching import Watching
 from megacore.train.wishes import LOOK_EVERY_S, Asked, Wishes
 from tests.train.runs import STEPS, events, figures, last_state, words_of
 
 CPU = torch.device("cpu")
 STOPS = ("SIGTERM", "SIGUSR1", "SIGINT")
-
-
-def trained(out: Path) -> list[dict[str, object]]:
-    """Figures of all steps but for evaluations, which a run that is asked to stop leaves out."""
-    return [{name: value for name, value in each.items() if name != "val_loss"} for each in figures(out)]
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: object) -> None:
@@ -64,7 +66,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert not events(tmp_path, "finish")
     assert [figure["step"] for figure in figures(tmp_path)] == list(range(1, stop["step"] + 1))
     assert main(words) == 0
-    assert trained(tmp_path) == trained(uninterrupted["plain"])
+    assert figures(tmp_path) == figures(uninterrupted["plain"])
     assert last_state(tmp_path) == last_state(uninterrupted["plain"])
 
 
@@ -78,7 +80,7 @@ def test_a_run_that_never_saves_is_saved_when_it_is_stopped(
         assert main(words) == STOPPED
     assert not (tmp_path / STOP).exists()
     assert main(words) == 0
-    assert trained(tmp_path) == trained(uninterrupted["plain"])
+    assert figures(tmp_path) == figures(uninterrupted["plain"])
 
 
 def test_a_file_asks_for_a_save(letters: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +110,79 @@ def test_stopped_while_it_evaluates(letters: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Wishes, "now", count)
     assert main(words_of(letters, tmp_path, "train.eval_steps=50", "data.split=1,1,0")) == STOPPED
     assert events(tmp_path, "stop")[0]["step"] == 2 and len(seen) < 10
-    assert "val_loss" not in figures(tmp_path)[1] or figures(tmp_path)[1]["val_loss"] is None
+    assert "val_loss" not in figures(tmp_path)[1]
+
+
+def in_batch(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> list[int]:
+    """``act()`` before batch ``number`` of all evaluations; returns a list as long as they are by now."""
+    evaluate = Trainer.evaluate
+    seen: list[int] = []
+
+    def watched(trainer: Trainer, microbatches: list[Inputs]) -> torch.Tensor:
+        seen.append(1)
+        if len(seen) == number:
+            act()
+        return evaluate(trainer, microbatches)
+
+    monkeypatch.setattr(Trainer, "evaluate", watched)
+    return seen
+
+
+def test_an_evaluation_that_a_stop_left_out_is_made_up(
+    letters: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, whatever else befalls the run meanwhile: and then nothing tells it from one that never was stopped."""
+    best = ("checkpoint.keep=1", "checkpoint.keep_best=1", "optim.lr=0.3", "optim.warmup_steps=5")  # is step 4
+    more = ("train.eval_steps=5", "log.every=5", "log.tensorboard=true", *best)
+    assert main(words_of(letters, tmp_path / "whole", *more)) == 0
+    words, out = words_of(letters, tmp_path / "run", *more), tmp_path / "run"
+
+    def stop() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        in_batch(patch, 7, stop)
+        assert main(words) == STOPPED
+    assert [figure["step"] for figure in figures(out) if "val_loss" not in figure] == [1, 4], "logged all the same"
+    before = last_state(out, 4)
+    with monkeypatch.context() as patch:
+        in_batch(patch, 2, stop)
+        assert main(words) == STOPPED
+    assert [event["step"] for event in events(out, "stop")] == [4, 4]
+    for place in (MetricsWriter, "write"), (Watching, "begin"):  # while it is written down, and after that
+        with monkeypatch.context() as patch, pytest.raises(Provoked):
+            patch.setattr(*place, provoked)
+            main(words)
+    assert figures(out) == figures(tmp_path / "whole")[:3] and figures(out)[-1]["step"] == 4
+    assert last_state(out, 4) == before and state_of(out, 4) == state_of(tmp_path / "whole", 4)
+    with monkeypatch.context() as patch:
+        seen = in_batch(patch, 0, stop)
+        assert main(words) == 0
+    assert len(seen) == 5, "that of the last step alone: no other is made twice"
+    assert figures(out) == figures(tmp_path / "whole")
+    assert last_state(out) == last_state(tmp_path / "whole")
+    assert kept(out) == kept(tmp_path / "whole") == [folder_of(4), folder_of(6)]
+    assert told(out) == told(tmp_path / "whole")
+
+
+def provoked(*args: object) -> None:
+    raise Provoked("here")
+
+
+def state_of(out: Path, step: int) -> Mapping[str, object]:
+    return Checkpoint.open(str(out / "checkpoints" / folder_of(step))).manifest.state
+
+
+def told(out: Path) -> dict[int, float]:
+    """The validation losses that TensorBoard shows."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shown = EventAccumulator(str(out / TENSORBOARD)).Reload()
+    return {each.step: each.value for each in shown.Scalars("validation/loss")}
+
+
+def kept(out: Path) -> list[str]:
+    return sorted(each.name for each in (out / "checkpoints").glob("step-*"))
 
 
 def test_wishes_of_one_rank(tmp_path: Path) -> None:
@@ -173,6 +247,26 @@ def test_any_rank_may_hear_of_it(layout: str, who: str, letters: str, tmp_path: 
     (stop,) = events(tmp_path, "stop")
     assert [figure["step"] for figure in figures(tmp_path)] == list(range(1, stop["step"] + 1))
     assert (tmp_path / "checkpoints" / "latest").read_text() == f"step-{stop['step']:08d}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["parallel.tp=2", "parallel.pp=2", "parallel.zero=3"])
+def test_an_evaluation_of_several_ranks_is_made_up(layout: str, letters: str, tmp_path: Path) -> None:
+    best = ("checkpoint.keep=1", "checkpoint.keep_best=1")
+    more = (layout, "--nproc", "2", "train.eval_steps=60", "data.split=1,1,0", "log.every=1", *best)
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "megacore", "train", *words_of(letters, out, *more)]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    wait_for(out / METRICS)  # with step 1, which is written during step 2: and then it evaluates for seconds
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == STOPPED
+    assert events(out, "stop")[0]["step"] == 2 and "val_loss" not in figures(out)[1]
+    for folder in (out, tmp_path / "whole"):
+        assert main(words_of(letters, folder, *more)) == 0
+    assert figures(out) == figures(tmp_path / "whole") and len(figures(out)) == STEPS
+    assert last_state(out) == last_state(tmp_path / "whole")
+    assert state_of(out, STEPS) == state_of(tmp_path / "whole", STEPS)
+    assert kept(out) == kept(tmp_path / "whole")
 
 
 def wait_for(path: Path, seconds: float = 60.0) -> None:
