@@ -61,6 +61,7 @@ from megacore.train.heart import Heart
 from megacore.train.keeping import Keeper
 from megacore.train.loop import Late
 from megacore.train.reporter import Reporter
+from megacore.train.state import State
 from megacore.train.timing import StepClock
 from megacore.train.watching import Watching
 
@@ -134,7 +135,7 @@ def alternate(
     """The times of steps with (True) and without, and the share of a core that threads take in between."""
     built = build(config, info, device)
     data = open_data(config, built.mesh, (1, 0), ledger_of(config.out, None, built.mesh.world).holes)
-    keeper, watching = Keeper(built, built.failpoints), Watching(built)
+    keeper, watching = Keeper(built, built.failpoints, State(built)), Watching(built)
     with redirect_stdout(StringIO()), closing(Heart(config, info, built.mesh)) as heart:
         reporter = Reporter.open(config, built.mesh, colour=False, width=100)
         guards = Guards(built, data, keeper, reporter, ledger_of(config.out, None, built.mesh.world), {})

@@ -73,12 +73,12 @@ class Resumed:
 class Keeper:
     """Checkpoints of one run. All ranks call everything, in the same order."""
 
-    def __init__(self, built: Built, failpoints: Failpoints) -> None:
+    def __init__(self, built: Built, failpoints: Failpoints, state: State) -> None:
         self.config, self.world, self.built = built.config, built.mesh.world, built
         self.rank = built.mesh.rank
         self.failpoints = failpoints
         self.store = open_store(checkpoints_of(self.config), failpoints.notice)
-        self.state = State(built)
+        self.state = state
         self.goes_on_from = 0
         self.saver: Saver | None = None
         self.attachments: Mapping[str, bytes] = {}

@@ -23,6 +23,7 @@ from megacore.train.guards import Guards, ledger_of
 from megacore.train.heart import Heart
 from megacore.train.keeping import Keeper, Resumed
 from megacore.train.reporter import Reporter
+from megacore.train.state import State
 from megacore.train.step import StepResult
 from megacore.train.timing import StepClock
 from megacore.train.watching import Watching
@@ -60,10 +61,12 @@ def run(
 ) -> int:
     """Build and walk the run; the exit code. A function of its own: all that holds a process group ends with it."""
     built = build(config, info, device, phases)
+    with phases.time("state"):
+        state = State(built)
     speak = partial(Reporter.open, colour=colour, width=width)
     with closing(Heart(config, info, built.mesh)) as heart:
         while True:
-            code = live(built, phases, speak, wishes, heart, remarks)
+            code = live(built, state, phases, speak, wishes, heart, remarks)
             if code != GO_BACK:
                 return code
             # now from a checkpoint of its own, whatever it began with
@@ -72,6 +75,7 @@ def run(
 
 def live(
     built: Built,
+    state: State,
     phases: Phases,
     speak: Callable[..., Reporter],
     wishes: Wishes,
@@ -80,7 +84,7 @@ def live(
 ) -> int:
     """From a checkpoint, or the beginning, to the end, or to where the run wants to go back; the exit code."""
     config, mesh = built.config, built.mesh
-    keeper = Keeper(built, built.failpoints)
+    keeper = Keeper(built, built.failpoints, state)
     with phases.time("state"):
         resumed = keeper.resume()
         fresh = resumed is None and config.checkpoint.init_from

@@ -51,7 +51,8 @@ class Held:
 
 
 class State:
-    """A rank's share. ``parts`` are filled by a load; ``own_parts`` are what this rank writes."""
+    """A rank's share. ``parts`` are filled by a load; ``own_parts`` are what this rank writes. It is made right when
+    the run is ``built``: what it finds then is what a load goes back to where a checkpoint has none."""
 
     def __init__(self, built: Built) -> None:
         self.built, self.mesh, self.storage = built, built.mesh, built.storage

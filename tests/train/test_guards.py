@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from megacore.train.failpoints import VARIABLE, Provoked
 from megacore.train.replicas import digest, odd_ones
 from megacore.train.spikes import FEWEST, Ledger, SpikeGuard
 from megacore.train.stragglers import OwnTime, slow_ones
-from tests.train.runs import events, figures, last_state, words_of
+from tests.train.runs import events, figures, interrupted, last_state, words_of
 
 
 def test_a_jump_is_seen_and_a_ripple_is_not() -> None:
@@ -103,6 +104,26 @@ def test_back_before_a_spike(letters: str, tmp_path: Path, monkeypatch: pytest.M
     assert main(words_of(letters, without, *LONG)) == 0
     assert figures(without) == figures(tmp_path / "run")
     assert last_state(without, 30) == last_state(tmp_path / "run", 30)
+
+
+def test_what_a_checkpoint_before_a_spike_lacks_begins_anew(
+    letters: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where nothing was trained after it: what the spike's step had left behind is gone."""
+    run, without, words = tmp_path / "run", tmp_path / "without", (*LONG, "train.steps=25")
+    interrupted(monkeypatch, 22, words_of(letters, run, *words))
+    shutil.copytree(run, without)
+    words = (*words, "optim.clip=adagc", "optim.adagc_warmup_steps=1")
+    with monkeypatch.context() as patch:
+        spoil(patch, bad=8 * 22)
+        assert main(words_of(letters, run, *words)) == 0
+    (rewind,) = events(run, "rewind")
+    assert (rewind["step"], rewind["to_step"]) == (23, 20)
+    assert Checkpoint.open(str(run)).read_key("state/clip/clock", (), ()).item() == 5
+    monkeypatch.setattr("megacore.train.loop.ledger_of", lambda *_: Ledger(((176, 184),), 1))
+    assert main(words_of(letters, without, *words)) == 0
+    assert figures(without) == figures(run)
+    assert last_state(without, 25) == last_state(run, 25)
 
 
 def test_an_alert_changes_nothing(letters: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

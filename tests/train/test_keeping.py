@@ -16,6 +16,7 @@ from megacore.config.schema import RunConfig
 from megacore.mesh.collectives import PeerFailed
 from megacore.train.failpoints import Failpoints
 from megacore.train.keeping import Keeper
+from megacore.train.state import State
 from tests.checkpoint.common import config_of, digests, save, saver_of, steps
 from tests.engine.common import built_rank
 from tests.pool import WorkerPool
@@ -40,7 +41,7 @@ def write_two(rank: int, config: RunConfig) -> None:
 def resume_of_rank(rank: int, config: RunConfig, guilty: int, what: str) -> tuple[int, Told]:
     """The step that is taken up while one rank finds something wrong: (step, what was passed over)."""
     built = built_rank(rank, 2, config)
-    keeper = Keeper(built, Failpoints())
+    keeper = Keeper(built, Failpoints(), State(built))
     if rank == guilty:
         spoil(keeper, what)
     try:
@@ -111,7 +112,7 @@ class Listener:
 def busy_of_rank(rank: int, config: RunConfig) -> tuple[list[int], list[int], float]:
     """Three saves in a row to a slow disk: (steps heard of before each, and in the end; seconds)."""
     built = built_rank(rank, 2, config)
-    keeper, listener = Keeper(built, Failpoints()), Listener()
+    keeper, listener = Keeper(built, Failpoints(), State(built)), Listener()
 
     def slow(operation: str) -> None:
         if operation.startswith("fsync rank"):
