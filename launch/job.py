@@ -97,8 +97,8 @@ def explained(settings: Sequence[Setting], before: str = "") -> list[str]:
 
 
 WAIT = """\
-# wait is woken by a trap; 127 says that the step had been waited for already
-code=0
+# wait is woken by a trap; 127 says that the step had been waited for already, or could not start
+code=127
 while :; do
     woken=0 status=0
     wait "$step" || status=$?

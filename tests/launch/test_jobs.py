@@ -189,6 +189,16 @@ def test_the_script_as_slurm_runs_it(
     assert (tmp_path / "requeued").exists() == requeued
 
 
+def test_a_step_that_cannot_start_is_no_success(
+    run_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No srun: 127, which a second look at an ended step gives, too."""
+    script = tmp_path / "job.sbatch"
+    script.write_text(slurm(capsys, run_file))
+    environment = os.environ | {"RUN": str(tmp_path / "My run"), "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "n[1-8]"}
+    assert subprocess.run(["bash", str(script)], env=environment, capture_output=True, timeout=20).returncode == 127
+
+
 def test_a_jobset(run_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = written(
         capsys, "k8s", run_file, "--nodes", "8", "--image", "img:1", "--claim", "files:/data", "--namespace", "ml"
