@@ -14,6 +14,7 @@ weights) has gone when the comparison comes.
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -24,6 +25,8 @@ from megacore.mesh.collectives import gather_objects
 from megacore.train.step import Trainer
 
 WORDS = MappingProxyType({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64})
+PIECE = 1 << 22
+"""Elements that are copied at once."""
 T = TypeVar("T")
 
 
@@ -89,9 +92,16 @@ def numbers_of(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def digest(tensor: Tensor) -> Tensor:
-    """A scalar of int64, on the tensor's device."""
+    """A scalar of int64, on the tensor's device: the sum of words of 8 bytes, which nothing must convert (a CPU sums
+    them a hundred times as fast as words of 4), and of the elements that fill none. Wherever the elements lie, it is
+    the same: what does not begin at a whole word is copied, piece by piece."""
     flat = tensor.detach().contiguous().view(-1)
-    return flat.view(WORDS[flat.element_size()]).sum(dtype=torch.int64)
+    size = flat.element_size()
+    full = flat.numel() - flat.numel() % (8 // size)
+    aligned = flat.storage_offset() * size % 8 == 0
+    words = flat[:full].split(PIECE) if full and not aligned else [flat[:full]]
+    total = reduce(torch.add, ((each if aligned else each.clone()).view(torch.int64).sum() for each in words))
+    return total if full == flat.numel() else total + flat[full:].view(WORDS[size]).sum(dtype=torch.int64)
 
 
 def differences(trainer: Trainer) -> tuple[Difference, ...]:

@@ -190,6 +190,16 @@ def test_any_bit_changes_the_digest(dtype: torch.dtype) -> None:
             assert digest(words.view(dtype)) != before
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.uint8])
+def test_the_digest_is_one_of_elements_wherever_they_lie(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megacore.train.replicas.PIECE", 8)  # so that there are several
+    for number in (0, 1, 7, 8, 9, 45):
+        x = torch.randn(number, generator=torch.Generator().manual_seed(number)).abs().mul(50).to(dtype)
+        for offset in range(1, 9):
+            ones = torch.ones(offset, dtype=dtype)
+            assert digest(torch.cat((ones, x, ones))[offset : offset + number]) == digest(x)
+
+
 def test_who_differs() -> None:
     assert odd_ones({0: 5, 1: 5, 2: 5}) is None
     assert odd_ones({0: 5, 3: 5, 6: 4}) == ((6,), True)
