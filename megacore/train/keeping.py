@@ -221,16 +221,15 @@ class Keeper:
     def evaluated(self, resumed: Resumed, val_loss: float, reporter: Reporter) -> None:
         """The evaluation that was due after the step from which the run goes on has been made up: the checkpoint gets
         it, too. Saving it again would take the only good one away first."""
-        if self.rank:
-            return
         state = {name: value for name, value in resumed.state.items() if name != EVALUATION_DUE}
         if math.isfinite(val_loss):
             state[VAL_LOSS] = val_loss
-        try:
-            amend(self.store.child(folder_of(resumed.step)), state)
-        except Exception as reason:  # of whatever kind: the others go on, and what is due is made up once more
-            text = f"{resumed.what} could not be told its validation loss: {type(reason).__name__}: {reason}"
-            reporter.warn("warning", text, step=resumed.step)
+        if self.rank == 0:
+            try:
+                amend(self.store.child(folder_of(resumed.step)), state)
+            except Exception as reason:  # of whatever kind: the others go on, and what is due is made up once more
+                text = f"{resumed.what} could not be told its validation loss: {type(reason).__name__}: {reason}"
+                reporter.warn("warning", text, step=resumed.step)
 
     def poll(self, reporter: Reporter) -> None:
         """Report a save that has ended; does not wait."""

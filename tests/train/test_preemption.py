@@ -23,7 +23,7 @@ from megacore.launch.train import main
 from megacore.monitor.jsonl import read_json_lines
 from megacore.monitor.run_folder import EVENTS
 from tests.train.runs import events, figures, last_state, words_of
-from tests.train.test_stopping import ranks_of, trained
+from tests.train.test_stopping import ranks_of
 from tests.train.test_stops import last_step, unfinished
 
 GRACE_S, STEPS, BATCH = 30.0, 150, 8
@@ -128,7 +128,7 @@ def test_no_finished_step_is_lost(layout: str, letters: str, tmp_path: Path) -> 
             else:
                 code = process.wait(300)
         assert code == 0
-        assert trained(out) == trained(whole)
+        assert figures(out) == figures(whole)
         assert last_state(out, STEPS) == last_state(whole, STEPS)
         check_accounts(out)
     assert slowest < GRACE_S

@@ -22,10 +22,15 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from megacore.checkpoint.read import Checkpoint
+from megacore.checkpoint.retain import EVALUATION_DUE
+from megacore.checkpoint.write import amend
 from megacore.config.schema import OptimConfig, RunConfig
 from megacore.launch.failures import Failure
 from megacore.launch.processes import run_local
 from megacore.mesh.rank_info import RankInfo
+from megacore.monitor.jsonl import read_json_lines
+from megacore.monitor.run_folder import METRICS
 from megacore.optim.learning_rate import learning_rate
 from megacore.train.loop import train
 from megacore.train.spikes import Spike, SpikeGuard
@@ -45,9 +50,9 @@ ALONE = (
 CAUSE, FIRST, RAISED, LIMIT_S = "the cause on rank 0", "what came before", "raised", 10.0
 EXPORTS, PROFILES = ("checkpoint.export_hf_every=2",), ("log.profile=[2, 3]",)
 SAMPLES = ("log.sample_every=2", 'log.sample_prompts=["ab"]', "log.sample_tokens=2")
-RESUMES, STOPS, FAILS, GOES_ON = "resumes", "stops", "fails", "goes on"
-"""In place of words: the folder has checkpoints already; rank 0 is asked to stop; it has failed already; or nothing is
-lost, so the run trains on and tells it."""
+RESUMES, OWES, STOPS, FAILS, GOES_ON = "resumes", "owes", "stops", "fails", "goes on"
+"""In place of words: the folder has checkpoints already; the newest one's evaluation is due; rank 0 is asked to stop;
+it has failed already; or nothing is lost, so the run trains on and tells it."""
 SPIKES = ("guard.spike=rewind",)
 CASES = MappingProxyType(
     {
@@ -57,6 +62,7 @@ CASES = MappingProxyType(
         "train/watching.py::Watching._summarise": (("train.watching.summary_of", PROFILES),),
         "train/keeping.py::Keeper.prepare": (("train.keeping.Exporter", EXPORTS),),
         "train/keeping.py::Keeper.save": (("train.reporter.Reporter.skipped", ()),),
+        "train/keeping.py::Keeper.evaluated": (("train.keeping.amend", (RESUMES, OWES, GOES_ON)),),
         "train/keeping.py::Keeper.finish": (("train.keeping.Exporter.take", EXPORTS),),
         "train/keeping.py::Keeper._report": (("train.keeping.Exporter.start", EXPORTS),),
         "train/keeping.py::Keeper._candidates": (("train.keeping._finished", ()),),
@@ -73,6 +79,7 @@ CASES = MappingProxyType(
             ("train.reporter.MetricsWriter.write", ()),
             ("train.reporter.Watchers.log", ()),
         ),
+        "train/reporter.py::Reporter.evaluated": (("train.reporter.Files.forget_after", (RESUMES, OWES)),),
         "train/reporter.py::Reporter.sample": (("train.reporter.cut", SAMPLES),),
         "train/reporter.py::Reporter.timeline": (("train.reporter.simulate", ("log.timeline_step=3",)),),
         "train/reporter.py::Reporter.profiled": (("train.reporter.Reporter.profiled", PROFILES),),
@@ -98,6 +105,7 @@ DISKS_FAIL = (
     "train.guards.Ledger.write",
     "train.keeping._finished",
     "train.keeping._put_aside",
+    "train.keeping.amend",
     "train.reporter.open_files",
     "train.reporter.MetricsWriter.write",
     "train.reporter.Reporter.fault",
@@ -230,6 +238,9 @@ def test_all_ranks_end_with_the_cause(
     out = tmp_path / "run"
     if RESUMES in words:
         shutil.copytree(begun, out)
+    if OWES in words:
+        checkpoint = Checkpoint.open(str(out))
+        amend(checkpoint.store, {**checkpoint.manifest.state, EVALUATION_DUE: read_json_lines(out / METRICS)[-1]})
     keys = [word for word in words if "=" in word]
     config = requested_by(words_of(letters, out, "optim.decay_steps=6", *keys), 2)
     told = tmp_path / "told"
@@ -237,6 +248,7 @@ def test_all_ranks_end_with_the_cause(
     own, other = outcomes(pool, config, name, error, words, told)
     goes_on = GOES_ON in words or (name == "train.heart.Listener" and error is OSError)
     if goes_on:
+        assert GOES_ON not in words or any(CAUSE in each["text"] for each in events(out, "warning"))
         assert own["text"] == other["text"] == "" and events(out, "finish")
         return
     assert max(own["ended"], other["ended"]) - float((told / RAISED).read_text()) < LIMIT_S
