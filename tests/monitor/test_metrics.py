@@ -41,6 +41,13 @@ def strict_json(text):
     return json.loads(text, parse_constant=refuse)
 
 
+def test_a_record_goes_through_strict_json_and_back():
+    odd = metrics(3, grad_norm=math.inf, mfu=None, skipped=True, statistics={"norm": {"mlp": -math.inf, "head": 2.0}})
+    text = json.dumps(finite(odd.record()) | {"of_a_later_version": 1}, allow_nan=False)
+    record = strict_json(text)
+    assert StepMetrics.of(record) == odd and StepMetrics.of(record) == odd, "what it is made from stays as it is"
+
+
 def test_keys_and_their_order(tmp_path):
     writer = MetricsWriter(tmp_path)
     writer.write(metrics(1))
