@@ -23,6 +23,7 @@ from megacore.launch.terminal import colour_wanted
 from megacore.mesh.rank_info import RankInfo
 
 MARKS = MappingProxyType({OK: ("ok", "32"), WARN: ("warn", "33"), FAIL: ("FAIL", "31")})
+MOST_RANKS = 128
 MEASURE = "megacore.launch.doctor:measure_to"
 
 
@@ -31,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.nproc < 1:
         raise ValueError(f"--nproc={args.nproc} must be at least 1")
+    if args.nproc > MOST_RANKS:
+        raise ValueError(f"--nproc={args.nproc} must be at most {MOST_RANKS}: they all measure on this machine at once")
     info = RankInfo.from_environment(os.environ)
     found = list(alone(args)) if info is None else preflight(args, info)
     if found is None:

@@ -26,8 +26,16 @@ class Endings:
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> "Endings | None":
-        """Where this rank is to leave word; None if nobody asks for it."""
-        return cls(Path(environ[VARIABLE])) if environ.get(VARIABLE) else None
+        """Where this rank is to leave word; None if nobody asks for it. Raises ValueError where it cannot."""
+        if not environ.get(VARIABLE):
+            return None
+        folder = Path(environ[VARIABLE])
+        if not folder.is_dir() or not environ.get(NODE, "").isdecimal():
+            raise ValueError(
+                f"{VARIABLE}={folder} with {NODE}={environ.get(NODE, '')} are not a folder and a process; "
+                "`megacore launch` sets both for its ranks: unset them"
+            )
+        return cls(folder)
 
     def stopped(self, rank: int) -> None:
         """A rank leaves because the run was asked to stop, and has saved."""

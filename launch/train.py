@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from megacore.config.load import load
+from megacore.config.parse import show
 from megacore.config.pipeline import is_own_schedule
 from megacore.config.resolve import resolve, smallest_world
 from megacore.config.schema import RunConfig
@@ -20,6 +21,7 @@ from megacore.exits import STOPPED, raised_by_us
 from megacore.launch.endings import NODE, Endings
 from megacore.launch.environment import capability_here, lines_of, prepare
 from megacore.launch.failures import Failure, describe
+from megacore.launch.folders import check_folders
 from megacore.launch.processes import Asked, leaving_when_asked, run_local
 from megacore.launch.restarts import MAX_RESTARTS, with_restarts
 from megacore.launch.terminal import colour_wanted, page_width
@@ -28,6 +30,7 @@ from megacore.mesh.rank_info import RankInfo
 from megacore.monitor.packages import check_packages
 from megacore.spec import ModelSpec
 from megacore.spec.settings import settings_of
+from megacore.train.failpoints import Failpoints
 
 TARGET = "megacore.train.loop:train"
 NO_DATA = "data.blend is empty: there is nothing to train on; give a data set's prefix, or a list of [weight, prefix]"
@@ -65,6 +68,9 @@ def begun(args: argparse.Namespace, info: RankInfo | None) -> int:
             print(show(config, world_size, args), end="")
         return 0
     check_packages(config)
+    Failpoints.of(os.environ, 0)  # what is asked for wrongly is told now
+    if info is None or info.rank == 0:
+        check_folders(config)
     colour, width = colour_wanted(sys.stdout), page_width()
     remarks = lines_of(prepare(config, os.environ, capability_here()))  # before anything brings torch
     if info is None:
@@ -196,7 +202,13 @@ def with_model(config: RunConfig) -> RunConfig:
         return config
     from megacore.checkpoint.opening import open_weights
 
-    taken = replace(open_weights(path).model, dropout=m.dropout, attention_dropout=m.attention_dropout)
+    try:
+        model = open_weights(path).model
+    except OSError as error:
+        raise ValueError(
+            f"checkpoint.init_from={show(path)} cannot be read ({error.strerror}); name a folder"
+        ) from None
+    taken = replace(model, dropout=m.dropout, attention_dropout=m.attention_dropout)
     return replace(config, model=taken)
 
 

@@ -12,6 +12,8 @@ from types import TracebackType
 
 STOPPED = 75
 """EX_TEMPFAIL: try again later."""
+LONGEST = 2000
+"""Letters of one line of a message."""
 
 
 def run(module: str, argv: list[str]) -> int:
@@ -38,11 +40,17 @@ def run(module: str, argv: list[str]) -> int:
         if not raised_by_us(error.__traceback__):
             traceback.print_exc()
             return 1
-        sys.stderr.write(f"megacore: {error}\n")
+        sys.stderr.write(f"megacore: {fit(str(error))}\n")
         return 2
     except Exception:
         traceback.print_exc()
         return 1
+
+
+def fit(message: str) -> str:
+    """The message as a terminal can show it: what a user gave may be very long, or hold what moves the cursor."""
+    lines = [line if len(line) <= LONGEST else line[:LONGEST] + "..." for line in message.split("\n")]
+    return "\n".join("".join(c if c.isprintable() or c == "\t" else ascii(c)[1:-1] for c in line) for line in lines)
 
 
 def raised_by_us(trace: TracebackType | None) -> bool:

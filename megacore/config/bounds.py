@@ -141,6 +141,9 @@ BOUNDS: Mapping[str, Bound] = MappingProxyType(
             POSITIVE,
         ),
         **dict.fromkeys(("data.fim_rate", "data.fim_spm_rate"), SHARE),
+        # far beyond any model, and still few enough to be laid out and cut up in an instant
+        **dict.fromkeys(("model.num_layers", "model.num_heads"), Bound(0, 1 << 14)),
+        "model.hidden_size": Bound(0, 1 << 24),
         "log.prometheus_port": Bound(0, 65535),
         **dict.fromkeys(
             (

@@ -4,6 +4,7 @@ Later sources win: family < preset < file < overrides. Every problem of every so
 at once.
 """
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
@@ -14,7 +15,7 @@ from typing import Any, get_type_hints
 
 from megacore.config.errors import ConfigError
 from megacore.config.families import FAMILIES
-from megacore.config.parse import Typed, Unfit, coerce, literal, show
+from megacore.config.parse import SHOWN, Typed, Unfit, coerce, literal, show, toml
 from megacore.config.presets import preset_path
 from megacore.config.schema import ModelConfig, RunConfig
 from megacore.config.validate import choice_problem, validate
@@ -61,16 +62,25 @@ def from_tree(tree: Mapping[str, Any], where: str) -> RunConfig:
 
 def _read(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
+        return toml(text)
     except FileNotFoundError:
-        problems.append(f"there is no run file {path}; `megacore presets` lists what --preset takes instead")
+        problems.append(f"there is no run file {show(str(path))}; `megacore presets` lists what --preset takes instead")
     except OSError as error:
-        problems.append(f"the run file {path} cannot be read: {error.strerror}")
+        problems.append(f"the run file {show(str(path))} cannot be read: {error.strerror}; name a file in TOML")
     except UnicodeDecodeError:
         problems.append(f"the run file {path} is not UTF-8 text; a run file is written in TOML")
     except tomllib.TOMLDecodeError as error:
-        problems.append(f"the run file {path} is not TOML: {error}")
+        problems.append(f"the run file {show(str(path))} is not TOML: {error}{_line_of(str(error), text)}")
     return {}
+
+
+def _line_of(error: str, text: str) -> str:
+    """The line that a reader's complaint names, to be read beside it."""
+    named = re.search(r"at line (\d+)", error)
+    lines = text.splitlines()
+    line = lines[int(named[1]) - 1].strip() if named and int(named[1]) <= len(lines) else ""
+    return f": {show(line)}; mend that line" if line else "; `megacore config show --preset NAME` prints a good one"
 
 
 def _merge(tree: dict[str, Any], more: Mapping[str, Any]) -> None:
@@ -88,7 +98,7 @@ def _override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
     key = SHORT.get(key.strip(), key)
     names = [name.strip() for name in key.split(".")]
     if not equals or not all(names):
-        problems.append(f"the argument {override!r} is not an override; write section.key=value")
+        problems.append(f"the argument {show(override)!r} is not an override; write section.key=value")
         return
     value = literal(text)
     leaf: Any = value if isinstance(value, dict) else Typed(text.strip())
@@ -106,7 +116,8 @@ def _build(cls: Any, tree: Mapping[str, Any], prefix: str, problems: list[str]) 
     if cls is ModelConfig:
         values |= FAMILIES.get(_family(tree), {})
     for name, value in tree.items():
-        key = prefix + name
+        plain = name.isprintable() and 0 < len(name) <= SHOWN and "." not in name
+        key = prefix + (name if plain else f'"{show(name)}"')
         if name not in known:
             problems.append(f"{key} is not a key of a run; {_suggest(key)}")
         elif is_dataclass(kinds[name]):

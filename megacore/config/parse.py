@@ -18,14 +18,35 @@ class Typed:
     text: str
 
 
+LARGEST = 2**63 - 1
+"""What counters, seeds and shapes can hold."""
+SHOWN = 160
+"""Letters of a value that a message shows."""
+
+
 class Unfit(ValueError):
     """The value is not of the key's type; the message says what would be."""
+
+
+def toml(text: str) -> dict[str, Any]:
+    """A TOML document.
+
+    Raises tomllib.TOMLDecodeError, also for what only Python's reader cannot take.
+    """
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise tomllib.TOMLDecodeError("its brackets or names are nested too deeply") from None
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError:  # Python's own limit on digits
+        raise tomllib.TOMLDecodeError("it holds a number of thousands of digits") from None
 
 
 def literal(text: str) -> Any:
     """``text`` as a TOML value if it is one (and one that a run can hold), else the text itself."""
     try:
-        table = tomllib.loads(f"value = {text}")
+        table = toml(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
     value = table["value"]
@@ -50,7 +71,16 @@ def coerce(value: Any, kind: Any) -> Any:
 
 
 def show(value: Any) -> str:
-    """A value as a user would write it: text bare, everything else as TOML."""
+    """A value as a user would write it, text bare, everything else as TOML; fit for one line of a terminal."""
+    try:
+        written = _written(value)
+    except RecursionError:
+        written = "[" * (SHOWN + 1)
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in written[: SHOWN + 1])
+    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
+
+
+def _written(value: Any) -> str:
     if isinstance(value, Typed):
         return value.text
     if isinstance(value, str):
@@ -59,6 +89,8 @@ def show(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(f'"{item}"' if isinstance(item, str) else show(item) for item in value) + "]"
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return hex(value)  # Python does not write thousands of decimals
     return str(value)
 
 
@@ -82,9 +114,11 @@ def _boolean(value: Any) -> bool:
 
 def _integer(value: Any) -> int:
     if isinstance(value, float) and value.is_integer():
-        return int(value)  # 1e6 steps
+        value = int(value)  # 1e6 steps
     if isinstance(value, bool) or not isinstance(value, int):
         raise Unfit("must be an integer" + _quoted(value))
+    if abs(value) > LARGEST:
+        raise Unfit(f"must be at most {LARGEST}")
     return value
 
 

@@ -163,6 +163,11 @@ def _checkpoint(config: RunConfig, world_size: int | None) -> Iterator[str]:
         yield 'checkpoint.resume="" must be auto, never or a path; leave it out for auto'
 
 
+def _out(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    if not config.out.strip():
+        yield f'out="{config.out}" names no folder; give one, such as runs/run, or leave it out'
+
+
 # Each rule with the keys that it reads: a section's name stands for all of its keys.
 RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_world, ("parallel",)),
@@ -189,6 +194,7 @@ RULES: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (_of(module_problems), ("kernels.use", "parallel", "precision", "train.seq_len", "train.micro_batch_size")),
     (_of(softcap_problems), ("model.logit_softcap", "train.label_smoothing", "precision.dtype")),
     (_data, ("data", "train.eval_every")),
+    (_out, ("out",)),
     (_checkpoint, ("checkpoint", "train.eval_every")),
     (_log, ("log.sample_every", "log.sample_prompts", "log.timeline_step", "train.steps")),
     (

@@ -1,11 +1,13 @@
 """Every rule that a run must keep. All are checked, and all that fail are told at once."""
 
+import unicodedata
 from collections.abc import Collection, Iterator
 from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
 from megacore.config.bounds import out_of_bounds
 from megacore.config.errors import ConfigError, did_you_mean
+from megacore.config.parse import show
 from megacore.config.rules import RULES
 from megacore.config.schema import ModelConfig, RunConfig
 from megacore.config.supported import unsupported
@@ -28,6 +30,7 @@ def validate(config: RunConfig, world_size: int | None, unread: Collection[str] 
     nothing is said about them, nor by a rule that reads them.
     """
     single = {**dict(out_of_bounds(flatten(config))), **dict(_choices(config)), **dict(_required(config.model))}
+    single |= dict(_control_characters(config))
     wrong = {*unread, *single}
     problems = [line for key, line in single.items() if not _overlap((key,), unread)]
     for rule, reads in RULES:
@@ -44,7 +47,7 @@ def choice_problem(key: str, field: Field[Any], value: Any) -> str:
     listed = ", ".join(choices)
     hint = did_you_mean(value, choices).removeprefix(f"known are {listed}")
     file = f", nor a {suffix} file" if suffix else ""
-    return f"{key}={value} is not one of {listed}{file}" + (f"; {hint}" if hint else "")
+    return f"{key}={show(value)} is not one of {listed}{file}" + (f"; {hint}" if hint else "")
 
 
 def _overlap(some: Collection[str], others: Collection[str]) -> bool:
@@ -61,6 +64,16 @@ def _required(model: ModelConfig) -> Iterator[tuple[str, str]]:
                 yield key, f"{key} is missing ({what}); give a number above 0"
             else:
                 yield key, f"{key}={value} is out of range ({what}); it must be at least 1"
+
+
+def _control_characters(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Names of files, folders and the like hold none, a command may hold tabs and new lines; prompts are free."""
+    blends = {"data.blend": config.data.blend, "data.eval_blend": config.data.eval_blend}
+    texts = {key: value for key, value in flatten(config).items() if isinstance(value, str)}
+    texts |= {key: "".join(prefix for _, prefix in blend) for key, blend in blends.items()}
+    for key, text in texts.items():
+        if odd := [letter for letter in text if unicodedata.category(letter) == "Cc" and letter not in "\n\t"]:
+            yield key, f"{key}={show(text)} holds the control character {ascii(odd[0])[1:-1]}; write it without"
 
 
 def _choices(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -30,7 +30,6 @@ on such machines (DGX A100: 235 GB/s in a node, H100: 360 to 480, HGX H200: 367 
 clouds in 2026 for a rented GPU hour, to be replaced by the user's own.
 """
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -38,6 +37,7 @@ from types import MappingProxyType
 from typing import Any
 
 from megacore.config.errors import did_you_mean
+from megacore.config.parse import toml
 from megacore.cost.hardware import ACCELERATORS, Accelerator
 
 
@@ -145,7 +145,7 @@ def find_machine(name: str) -> Machine:
 def read_machine(path: Path) -> Machine:
     """A machine file (see above)."""
     try:
-        said = tomllib.loads(path.read_text(encoding="utf-8"))
+        said = toml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"--gpu={path} cannot be read: {error.strerror}; give a machine's name or file") from None
     except ValueError as error:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from megacore.config.errors import ConfigError
+from megacore.config.parse import show
 from megacore.config.schema import RunConfig
 from megacore.data.indexed import IndexedDataset
 from megacore.data.meta import DataMeta
@@ -52,6 +53,8 @@ def _noted_in(problems: list[str]) -> Iterator[None]:
         if not raised_by_us(error.__traceback__):
             raise
         problems.append(str(error))
+    except OSError as error:
+        problems.append(f"{show(str(error.filename))} cannot be read: {error.strerror}; name data that can")
 
 
 def _open_all(config: RunConfig, problems: list[str]) -> Opened:

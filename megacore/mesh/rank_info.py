@@ -4,6 +4,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+DIGITS = 18
+"""Of the largest number that a launcher may count with; Python itself refuses thousands of them."""
+
 
 @dataclass(frozen=True)
 class RankInfo:
@@ -35,7 +38,7 @@ class RankInfo:
         if "RANK" in environ and "WORLD_SIZE" in environ:
             return _from_torchrun(environ)
         # Only srun sets this one: a batch script or an salloc shell is one process, whatever SLURM_NTASKS says.
-        if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        if _integer(environ, "SLURM_STEP_NUM_TASKS", "1") > 1:
             return _from_slurm(environ)
         return None
 
@@ -47,6 +50,8 @@ def _from_torchrun(environ: Mapping[str, str]) -> RankInfo:
             f"WORLD_SIZE={world_size} is set but MASTER_ADDR or MASTER_PORT is not; start with torchrun, or set "
             "both to an address and a free port of the node of rank 0"
         )
+    if "MASTER_PORT" in environ:
+        _port(environ)
     return RankInfo(
         rank=_integer(environ, "RANK"),
         world_size=world_size,
@@ -62,12 +67,17 @@ def _from_slurm(environ: Mapping[str, str]) -> RankInfo:
     nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
     address = environ.get("MASTER_ADDR", first_host(nodes))
     # All tasks of a job derive the same port, and two jobs that share a node nearly always different ones.
-    port = environ.get("MASTER_PORT", str(20000 + int(environ.get("SLURM_JOB_ID", "0")) % 10000))
+    port = _port(environ) if "MASTER_PORT" in environ else 20000 + _integer(environ, "SLURM_JOB_ID", "0") % 10000
+    node = _integer(environ, "SLURM_NODEID", "0")
+    if node >= len(tasks):
+        raise ValueError(
+            f"environment variable SLURM_NODEID={node} is beyond the {len(tasks)} nodes of this step; srun sets it"
+        )
     return RankInfo(
         rank=_integer(environ, "SLURM_PROCID"),
         world_size=_integer(environ, "SLURM_STEP_NUM_TASKS"),
         local_rank=_integer(environ, "SLURM_LOCALID"),
-        local_world_size=tasks[_integer(environ, "SLURM_NODEID", "0")],
+        local_world_size=tasks[node],
         rendezvous=f"tcp://{address}:{port}",
         host=address,
     )
@@ -75,16 +85,23 @@ def _from_slurm(environ: Mapping[str, str]) -> RankInfo:
 
 def _integer(environ: Mapping[str, str], name: str, default: str | None = None) -> int:
     text = environ.get(name, default)
-    if text is None or not text.isdecimal():
+    if text is None or not text.isdecimal() or len(text) > DIGITS:
         raise ValueError(f"environment variable {name}={text} must be a whole number; the launcher sets it")
     return int(text)
+
+
+def _port(environ: Mapping[str, str]) -> int:
+    port = _integer(environ, "MASTER_PORT")
+    if port > 65535:
+        raise ValueError(f"environment variable MASTER_PORT={port} must be a port, at most 65535; the launcher sets it")
+    return port
 
 
 def expand_counts(text: str) -> list[int]:
     """Slurm's counts per node: `"4(x2),3"` is [4, 4, 3]."""
     counts: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        match = re.fullmatch(r"(\d{1,9})(?:\(x(\d{1,9})\))?", part)
         if match is None:
             raise ValueError(f"tasks per node {text!r} is not of Slurm's form, such as 4(x2),3")
         counts += [int(match[1])] * int(match[2] or 1)
