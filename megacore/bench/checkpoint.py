@@ -165,5 +165,5 @@ def collect(case: Case, config: RunConfig, result: Path) -> Comparison:
     """The comparison whose timings ``measure`` wrote."""
     seconds = json.loads(result.read_text())
     num_bytes = seconds.pop(BYTES)[0]
-    rates = {f"GB/s {side}": round(num_bytes / median(times) / 1e9, 2) for side, times in seconds.items()}
+    rates = {f"GB/s {side}": float(f"{num_bytes / median(times) / 1e9:.3g}") for side, times in seconds.items()}
     return comparison(case.name, OURS, seconds, {"ranks": case.num_ranks, "MB": round(num_bytes / 1e6), **rates})
