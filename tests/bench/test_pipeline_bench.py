@@ -88,9 +88,7 @@ def inference_modes(rank: int, schedule: str, cut: tuple[range, ...]) -> list[st
     return [part._inference_mode.value for part in pipeline.parts]
 
 
-@pytest.mark.skipif(
-    not hasattr(stage, "InferenceMode"), reason="this torch does not tell how stages know shapes"
-)
+@pytest.mark.skipif(not hasattr(stage, "InferenceMode"), reason="this torch does not tell how stages know shapes")
 @SCHEDULES
 def test_torch_pipelining_asks_nobody_for_shapes(pool: WorkerPool, schedule: str, cut: tuple[range, ...]) -> None:
     assert {mode for modes in pool.run(inference_modes, 2, schedule, cut) for mode in modes} == {"static"}
