@@ -7,6 +7,8 @@
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from types import TracebackType
 
@@ -45,6 +47,15 @@ def run(module: str, argv: list[str]) -> int:
     except Exception:
         traceback.print_exc()
         return 1
+
+
+@contextmanager
+def of_users_files(what: str) -> Iterator[None]:
+    """An OSError inside is about a file that the user has named as ``what``: it becomes a ValueError that says so."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{what}: {error.strerror or error}; name another place") from error
 
 
 def fit(message: str) -> str:

@@ -44,6 +44,7 @@ PYTHONS_OWN = (
     "Errno",
     "embedded null",
     "NoneType",
+    "has no attribute",
     "Exceeds the limit",
     "not subscriptable",
 )
@@ -302,6 +303,8 @@ def flags(run):
     yield from (("launch", "k8s", run), ("launch", "slurm", run, "--name", "a/b"), ("launch", "sky", run, "--gpu", "x"))
     for command in (["report"], ["inspect"], ["convert", "verify", "x"], ["convert", "to-hf", "x"]):
         yield *command, "/nowhere/at/all"
+    yield from ((command, "z" * 300) for command in ("report", "inspect"))
+    yield "schedule", "1f1b", "--stages=2", "--microbatches=4", "--plot=/proc/x.svg"
     yield from (("convert",), ("bench",), ("bench", "nothing"), ("data",), ("config", "explain", "modle"))
     yield from (("verify", run, "--layouts", "tp"), ("verify", run, "--layouts", "nothing=2"))
 

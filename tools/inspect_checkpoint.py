@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from megacore.exits import of_users_files
+
 
 def main(argv: list[str] | None = None) -> int:
     """Print it; with --verify, read every byte first."""
     arguments = parser().parse_args(argv)
     from megacore.checkpoint.inspection import inspect
 
-    facts = inspect(arguments.path)
+    with of_users_files(f"{arguments.path} cannot be read"):
+        facts = inspect(arguments.path)
     if arguments.verify:
         facts["verified"] = verify(facts)
     if not arguments.tensors and not arguments.json:

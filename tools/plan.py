@@ -15,6 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from megacore.exits import of_users_files
+
 if TYPE_CHECKING:
     from megacore.cost.economics import Bill, Failures
     from megacore.cost.estimate import Estimate
@@ -155,8 +157,13 @@ def _plan(wish: "Wish", args: argparse.Namespace, command: str) -> int:
 
         print("\n".join(screen(outcome, lasting, paid, deadline, _paint(), _width())))
     if args.html or args.plot:
-        _draw(outcome, args, command, lasting, paid, deadline)
+        with of_users_files(" ".join(f"--{name}={value}" for name, value in _pictures(args)) + " cannot be written"):
+            _draw(outcome, args, command, lasting, paid, deadline)
     return 0
+
+
+def _pictures(args: argparse.Namespace) -> list[tuple[str, str]]:
+    return [(name, getattr(args, name)) for name in ("html", "plot") if getattr(args, name)]
 
 
 def _draw(

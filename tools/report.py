@@ -8,6 +8,8 @@ import json
 import sys
 from pathlib import Path
 
+from megacore.exits import of_users_files
+
 SUMMARY = ("step", "loss", "val_loss", "tokens", "tokens_per_s", "mfu", "memory_gb")
 
 
@@ -20,7 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     from megacore.monitor.run_folder import REPORT
 
     folder = Path(args.run)
-    run = read_run(folder)
+    with of_users_files(f"{folder} cannot be read"):
+        run = read_run(folder)
     out = Path(args.out) if args.out else folder / REPORT
     if out.is_dir():
         raise ValueError(f"--out={out} is a folder; name a file, such as {out / REPORT}")

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megacore.exits import of_users_files
+
 if TYPE_CHECKING:
     from megacore.cost.simulate import Durations
     from megacore.cost.timeline import Timeline
@@ -47,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.plot:
         from megacore.cost.plot.picture import save_picture
 
-        save_picture(Path(arguments.plot), predicted, measured)
+        with of_users_files(f"--plot={arguments.plot} cannot be written"):
+            save_picture(Path(arguments.plot), predicted, measured)
     if arguments.trace:
         write_trace(Path(arguments.trace), simulate(whole, durations), measured)
     if arguments.json:

@@ -44,7 +44,7 @@ class DataMeta:
             known = json.loads(path.read_text("utf-8"))
             stored = cls(**{key: value for key, value in known.items() if key in {field.name for field in fields(cls)}})
         except (ValueError, TypeError, AttributeError) as reason:
-            raise ValueError(f"{path} cannot be read: {reason}; delete it, or prepare the data set again") from reason
+            raise ValueError(f"{path} is damaged; delete it, or prepare the data set again") from reason
         if stored.fingerprint != derived.fingerprint:
             raise ValueError(
                 f"{path} describes other content than {dataset.prefix}.bin/.idx have now "
