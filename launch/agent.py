@@ -26,62 +26,37 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from torch.distributed import DistNetworkError, DistStoreError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
-    RendezvousConnectionError,
     RendezvousGracefulExitError,
-    RendezvousParameters,
     RendezvousTimeoutError,
 )
-from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from megacore.config.schema import RunConfig
 from megacore.exits import STOPPED
 from megacore.launch.endings import NODE, VARIABLE, Endings
 from megacore.launch.failures import Failure, cause, describe
-from megacore.launch.places import is_free
 from megacore.launch.processes import SETTLE_S
+from megacore.launch.rendezvous import LOST, Nodes, Place, meeting
 from megacore.launch.restarts import Restarts, newest_step
+from megacore.launch.roll import Roll
 from megacore.launch.terminal import page_width
+from megacore.mesh.meeting import PortInUse
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 LOOK_EVERY_S = 0.5
 """How often ranks are looked at."""
-READ_LIMIT_S = 30
-"""For a word with the meeting point."""
-LAST_CALL_S = 10
-"""So long, once there are enough nodes, for more of them."""
 FAREWELL_S = 30
 """For the others' ends, once this node's ranks have ended."""
 USER_ERROR = 2
+PORTS = 5
+"""So many others are tried where the port that was free for the ranks has been taken before rank 0 could listen."""
 ENDLESS = 1_000_000
 FAULT = "megacore/fault"
 """Where a node tells the others of its round why it starts again."""
-LOST = (RendezvousConnectionError, RendezvousTimeoutError, DistNetworkError, DistStoreError)
-
-
-@dataclass(frozen=True)
-class Nodes:
-    """How many, and how many ranks on each."""
-
-    fewest: int
-    most: int
-    nproc: int
-
-
-@dataclass(frozen=True)
-class Place:
-    """The job, where its nodes meet, this node's own address, and whether the meeting point is on this node."""
-
-    job: str
-    host: str
-    port: int
-    address: str
-    is_host: bool
 
 
 class Asked(Exception):
@@ -102,6 +77,9 @@ class Outcome:
     """Whether ranks have run since the meeting point was found."""
     pids: dict[int, int] = field(default_factory=dict)
     """Of the running ranks, which are leaders of their process groups."""
+    ports: int = 0
+    """So many in a row were taken."""
+    roll: Roll = field(default_factory=Roll)
 
     def hear(self, number: int, frame: FrameType | None) -> None:
         """A signal: the ranks are asked to save and stop; a second Ctrl-C kills them."""
@@ -136,6 +114,10 @@ class Agent(LocalElasticAgent):
     def __init__(self, spec: WorkerSpec, logs: DefaultLogsSpecs, outcome: Outcome) -> None:
         super().__init__(spec, logs, exit_barrier_timeout=FAREWELL_S)
         self.outcome = outcome
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        with self.outcome.roll.taken(self._rdzv_handler):
+            super()._rendezvous(worker_group)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         if self.outcome.asked:
@@ -185,6 +167,8 @@ class Agent(LocalElasticAgent):
         offset = group[0].global_rank
         failures = [outcome.endings.failure(offset + rank, code or 0) for rank, code in sorted(failed.items())]
         first = cause(failures)
+        if self._another_port(failures):
+            return
         outcome.code = USER_ERROR if first.is_user_error or USER_ERROR in failed.values() else 1
         if outcome.asked and all(code == -signal.SIGTERM for code in failed.values()):
             outcome.code = STOPPED  # asked before they had begun: nothing is lost
@@ -194,6 +178,22 @@ class Agent(LocalElasticAgent):
         what = self._agreed(first)
         if outcome.asked or outcome.code != 1 or not outcome.restarts.another(what, worker_group.group_rank == 0):
             self._remaining_restarts = 0
+
+    def _another_port(self, failures: Sequence[Failure]) -> bool:
+        """Whether the ranks start again because torch, which had chosen a free port for them, is to choose another one:
+        no fault of the run, and not counted as one."""
+        outcome = self.outcome
+        taken = [failure for failure in failures if failure.title == PortInUse.__name__]
+        if not taken or outcome.asked or outcome.ports >= PORTS:
+            outcome.ports = 0
+            return False
+        outcome.ports += 1
+        outcome.write(
+            "megacore: the port that was free for the ranks to meet has been taken meanwhile; trying another one "
+            f"({outcome.ports} of {PORTS})\n"
+        )
+        self._agreed(taken[0])
+        return True
 
     def _agreed(self, first: Failure) -> str:
         """Tell the other nodes of a cause, or hear theirs."""
@@ -245,7 +245,8 @@ def run_node(
     endings, logs = folder / "endings", folder / "logs"
     endings.mkdir()
     os.environ |= {VARIABLE: str(endings), NODE: str(os.getpid())}
-    outcome = Outcome(Endings(endings), Restarts(config, max_restarts))
+    roll = Roll(f"{place.host}:{place.port}", nodes.fewest, sys.stderr.write if place.is_host else None)
+    outcome = Outcome(Endings(endings), Restarts(config, max_restarts), roll=roll)
     deadline = time.monotonic() + wait_s
     try:
         with outcome.listening():
@@ -275,31 +276,25 @@ def gives_up(outcome: Outcome, place: Place, reason: Exception, deadline: float)
         # a node that died at the very end: the others have finished without it, and nobody comes any more
         outcome.write(f"megacore: nothing is left to do: step {config.train.steps}, the last, is saved\n")
         return 0
-    if time.monotonic() >= deadline:
-        outcome.write(f"megacore: {place.host}:{place.port}, where the nodes meet, has too few of them: {reason}\n")
+    where = f"{place.host}:{place.port}, where the nodes meet,"
+    late, roll = time.monotonic() >= deadline, outcome.roll
+    # (the node that keeps the list gives up at about the same time: the others may lose it just before)
+    if isinstance(reason, RendezvousTimeoutError) or (late and 0 < len(roll.came) < roll.expected):
+        what = f"{where} has too few of them: {roll.told()}"
+        advice = "look at the words of those that are missing, at --nodes and --job, and for a firewall between them"
+    else:
+        what = f"{where} is out of reach"
+        advice = f"look at the words of the node there, and for a firewall before it ({reason})"
+    outcome.write(f"megacore: {what}; {advice if late else 'trying again'}\n")
+    if late:
         return 1
-    outcome.write(f"megacore: {place.host}:{place.port}, where the nodes meet, is out of reach; trying again\n")
     time.sleep(1.0)
     return None
 
 
 def attempt(outcome: Outcome, command: Sequence[str], nodes: Nodes, place: Place, wait_s: float, logs: Path) -> int:
     """One stay at the meeting point; the exit code. Raises ``LOST`` where it cannot be reached."""
-    handler = get_rendezvous_handler(
-        RendezvousParameters(
-            backend="c10d",
-            endpoint=f"{place.host}:{place.port}",
-            run_id=place.job,
-            min_nodes=nodes.fewest,
-            max_nodes=nodes.most,
-            local_addr=place.address,
-            # of several nodes on one machine, as in a rehearsal, the first keeps the list
-            is_host=place.is_host and is_free(place.port),
-            join_timeout=int(wait_s),
-            last_call_timeout=LAST_CALL_S,
-            read_timeout=READ_LIMIT_S,
-        )
-    )
+    handler = meeting(nodes, place, wait_s)
     spec = WorkerSpec(
         role="rank",
         local_world_size=nodes.nproc,

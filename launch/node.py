@@ -16,7 +16,7 @@ import sys
 import time
 
 from megacore.launch import train
-from megacore.launch.places import free_port, interface_of, is_here, meeting_point, own_address
+from megacore.launch.places import interface_of, is_here, meeting_point, own_address
 from megacore.launch.restarts import MAX_RESTARTS
 from megacore.processes import usable_cores
 
@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     # Each attempt has a store of its own, kept by rank 0; torch 2.13 else remembers where an earlier rank 0 was.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // args.nproc)))
-    from megacore.launch.agent import Nodes, Place, run_node  # brings torch
+    from megacore.launch.agent import run_node  # these bring torch
+    from megacore.launch.rendezvous import Nodes, Place
 
     command, restarts = ("train", *words), args.max_restarts
     if args.preflight:
@@ -78,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
 
 def node_range(text: str) -> tuple[int, int]:
     """The fewest and the most nodes of ``N`` or ``A:B``. Raises ValueError."""
-    match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    match = re.fullmatch(r"(\d{1,9})(?::(\d{1,9}))?", text)
     fewest, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= fewest <= most:
         raise ValueError(f"--nodes={text} must be a number of nodes, such as 8, or a range, such as 6:8")
@@ -86,12 +87,13 @@ def node_range(text: str) -> tuple[int, int]:
 
 
 def placed(args: argparse.Namespace, nodes: int) -> tuple[str, str, int, str, bool] | None:
-    """Job, host and port of the meeting point, own address, and whether the meeting point is here. Tells NCCL and gloo
-    which interface that is, unless the user has. None, and a word: the host stayed unknown for ``--wait`` seconds."""
+    """Job, host and port of the meeting point (0: any that is free), own address, and whether the meeting point is
+    here. Tells NCCL and gloo which interface that is, unless the user has. None, and a word: the host stayed unknown
+    for ``--wait`` seconds."""
     if not args.meet:
         if nodes > 1:
             raise ValueError(f"--nodes={nodes} needs --meet=HOST[:PORT], one of the nodes, the same on all of them")
-        return args.job, "127.0.0.1", free_port(), args.address or "127.0.0.1", True
+        return args.job, "127.0.0.1", 0, args.address or "127.0.0.1", True
     host, port = meeting_point(args.meet)
     deadline = time.monotonic() + args.wait
     while True:

@@ -1,5 +1,6 @@
 """Where this node is in the network: the address by which the others reach it, and its interface. Linux and macOS."""
 
+import os
 import socket
 import struct
 from contextlib import suppress
@@ -26,13 +27,13 @@ def free_port() -> int:
     return port
 
 
-def is_free(port: int) -> bool:
-    """Whether nobody listens there on this machine."""
+def refusal(port: int) -> str:
+    """Why this process cannot listen there on this machine, such as `Address already in use`; '' where it can."""
     try:
         socket.create_server(("", port)).close()
-    except OSError:
-        return False
-    return True
+    except OSError as reason:
+        return os.strerror(reason.errno) if reason.errno else str(reason)
+    return ""
 
 
 def is_here(host: str) -> bool:

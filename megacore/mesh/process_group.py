@@ -6,8 +6,8 @@ from datetime import timedelta
 import torch
 from torch import distributed
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
+from megacore.mesh.meeting import meet
 from megacore.mesh.rank_info import RankInfo
 
 
@@ -31,21 +31,21 @@ def start(info: RankInfo, device: torch.device, config_hash: str = "", timeout_s
 
     Before the first collective all ranks compare `config_hash`, a digest of the resolved run: ranks that disagree
     would hang or compute nonsense. Raises ValueError on every rank, naming those that differ from rank 0.
-    A run of one process starts nothing. `timeout_s` limits the rendezvous and each collective.
+    A run of one process starts nothing. `timeout_s` limits the wait for the others, who are named if they do not come
+    (``meeting.meet``), and each collective.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if info.world_size == 1:
         return
-    limit = timedelta(seconds=timeout_s)
-    store = _rendezvous(info, limit)
+    store = meet(info, timeout_s)
     compare_hashes(store, info, config_hash)
     distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=PrefixStore("collectives", store),
         rank=info.rank,
         world_size=info.world_size,
-        timeout=limit,
+        timeout=timedelta(seconds=timeout_s),
         device_id=device if device.type == "cuda" else None,
     )
 
@@ -78,17 +78,3 @@ def compare_hashes(store: Store, info: RankInfo, config_hash: str) -> None:
             f"the run of rank {different_ranks} differs from that of rank 0 (this is rank {info.rank}); start all "
             "ranks with the same run file, overrides and version of megacore"
         )
-
-
-def _rendezvous(info: RankInfo, limit: timedelta) -> Store:
-    """The key-value store where the ranks meet."""
-    try:
-        store, _, _ = next(rendezvous(info.rendezvous, rank=info.rank, world_size=info.world_size, timeout=limit))
-    except distributed.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise ValueError(
-            f"the port of the meeting point {info.rendezvous} is in use on this machine; choose a free one "
-            "(MASTER_PORT), or wait until the earlier run has ended"
-        ) from error
-    return store

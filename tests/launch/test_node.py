@@ -73,8 +73,9 @@ def test_wrong_input(
 
 def test_a_node_that_comes_when_all_is_done(letters: str, tmp_path: Path) -> None:
     """The others have left, so nobody will ever be where they met."""
-    from megacore.launch.agent import Outcome, Place, gives_up
+    from megacore.launch.agent import Outcome, gives_up
     from megacore.launch.endings import Endings
+    from megacore.launch.rendezvous import Place
     from megacore.launch.restarts import Restarts
     from megacore.launch.train import main, parser, requested
 
