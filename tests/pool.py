@@ -179,6 +179,7 @@ def run_job(job: Job) -> Any:
     limit = timedelta(seconds=job.timeout_s)
     distributed.init_process_group("gloo", store=store, rank=job.rank, world_size=job.world_size, timeout=limit)
     try:
+        distributed.barrier()  # who is done at once would close connections that the slowest is still making
         return function(job.rank, *args)
     finally:
         if distributed.is_initialized():  # whole runs leave by themselves
