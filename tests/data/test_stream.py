@@ -225,7 +225,7 @@ def test_changed_data_is_noticed(make_data) -> None:
     make_data([[1, 2, 3], [4, 5]])  # the writer removes the old facts
     assert DataMeta.load(IndexedDataset(prefix)).eod is None
     Path(prefix + ".meta.json").write_text("[1]")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="meta.json is damaged"):
         DataMeta.load(IndexedDataset(prefix))
 
 

@@ -127,9 +127,9 @@ def test_a_run_whose_end_is_not_saved_fails(
 def test_a_folder_that_cannot_be_written(letters: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file" / "run", tmp_path / "file"):
-        error = told(capsys, words_of(letters, out))
-        assert f"checkpoints cannot be written to {out}" in error and "or name another place" in error
-        assert "cannot be made" in told(capsys, words_of(letters, out, "checkpoint.save_every=0"))
+        for more in ((), ("checkpoint.save_every=0",)):
+            error = told(capsys, words_of(letters, out, *more))
+            assert f"out={out} " in error and "name a folder" in error
 
 
 def test_a_run_that_has_come_to_nothing_is_saved(letters: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
