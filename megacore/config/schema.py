@@ -355,7 +355,7 @@ class GuardConfig:
     """What looks after a run that goes on."""
 
     heartbeat: bool = key(True, "every rank beats once a second; rank 0 names who is silent or behind")
-    silent_s: float = key(8.0, "seconds after which a silent rank is named")
+    silent_s: float = key(6.0, "seconds after which a silent rank is named")
     abort_s: float = key(60.0, "seconds after which the ranks end because one is silent, to be started again")
     step_limit_s: float = key(600.0, "seconds without any progress after which the ranks end; 0: no limit")
     spike: str = key(

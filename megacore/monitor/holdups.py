@@ -20,7 +20,7 @@ class Limits:
     """Seconds: until a silent rank is named; until all ranks are ended because of it; and without any progress until
     they are ended, 0: never. (A late rank is named after ``SLOW`` usual steps, or as late as a silent one.)"""
 
-    silent_s: float = 8.0
+    silent_s: float = 6.0
     abort_s: float = 60.0
     step_s: float = 0.0
 
