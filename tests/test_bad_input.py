@@ -208,12 +208,13 @@ def test_a_file_that_may_not_be_read_and_a_folder_that_may_not_be_written(place,
     ask("config", "show", str(place / "secret.toml"), "model.num_layers=x")  # all that it imports is imported
     run = good(place)
     Path(place / "secret.toml").chmod(0)
+    (place / "mine").mkdir(0o700)
     os.seteuid(65534)
     try:
         ask("train", str(place / "secret.toml"), named=("cannot be read", "Permission denied"))
         from megacore.launch.folders import obstacle
 
-        assert obstacle(Path("/root/of/mine"))
+        assert obstacle(place / "mine" / "run")
     finally:
         os.seteuid(0)
     assert run

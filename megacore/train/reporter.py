@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import platform
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from megacore import __version__
 from megacore.checkpoint.retain import EVALUATION_DUE
 from megacore.config.schema import RunConfig
 from megacore.config.secrets import hidden_keys, without_secrets
-from megacore.config.write import config_hash, to_toml
+from megacore.config.write import config_hash
 from megacore.cost.hardware import model_flops_utilization
 from megacore.cost.plot.picture import save_picture
 from megacore.cost.simulate import Durations, simulate
@@ -27,7 +26,6 @@ from megacore.cost.trace import write_trace
 from megacore.mesh.collectives import agree
 from megacore.mesh.mesh import ParallelMesh
 from megacore.monitor.console import (
-    Console,
     Phases,
     cut,
     human_bytes,
@@ -37,14 +35,14 @@ from megacore.monitor.console import (
     visible_width,
 )
 from megacore.monitor.goodput import goodput_of
-from megacore.monitor.jsonl import drop_lines, finite, read_json_lines
-from megacore.monitor.metrics import EventsWriter, MetricsWriter, StepMetrics, format_line
-from megacore.monitor.run_folder import CONFIG, LOG, METRICS, TIMELINE, TIMELINE_PICTURE, archive_previous_run
+from megacore.monitor.jsonl import finite
+from megacore.monitor.metrics import StepMetrics, format_line
+from megacore.monitor.run_folder import TIMELINE, TIMELINE_PICTURE
 from megacore.spec.flops import train_flops_per_token
 from megacore.train.devices import Devices
+from megacore.train.files import Files, open_files
 from megacore.train.meter import Meter, Skips, Span
 from megacore.train.overview import overview
-from megacore.train.watchers import Watchers
 
 if TYPE_CHECKING:
     from megacore.checkpoint.save import Outcome
@@ -57,24 +55,6 @@ if TYPE_CHECKING:
 
 MANY_SKIPS = 20
 """A run that skips so many steps in a row has come to nothing, which is said once."""
-
-
-@dataclass
-class Files:
-    """What rank 0 writes to."""
-
-    console: Console
-    metrics: MetricsWriter
-    events: EventsWriter
-    watchers: Watchers
-    last_step: int = 0
-    """The last one that the life before this one has written down."""
-
-    def forget_after(self, step: int, out: Path) -> None:
-        """Leave out what is written down of later steps, which are made again."""
-        self.metrics.close()
-        drop_lines(out / METRICS, lambda record: record["step"] <= step)
-        self.metrics = MetricsWriter(out)
 
 
 class Reporter:
@@ -423,25 +403,3 @@ class Reporter:
         self.files.console.close()
         self.files.metrics.close()
         self.files.events.close()
-
-
-def open_files(config: RunConfig, colour: bool, width: int, resumed: Resumed | None = None) -> Files:
-    """Make the run's folder; an earlier run in it is put aside, unless this one goes on where that one was saved."""
-    out = Path(config.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"out={config.out} cannot be made ({error.strerror}); name another folder") from error
-    goes_on = resumed is not None and resumed.own
-    last_step = 0
-    if goes_on and (out / METRICS).exists():
-        last_step = max((record["step"] for record in read_json_lines(out / METRICS)), default=0)
-    moved = None if goes_on else archive_previous_run(out)
-    console = Console(sys.stdout, out / LOG, colour, width)
-    if moved is not None:
-        console.line(f"an earlier run was in {out}: it now lies in {moved}")
-    (out / CONFIG).write_text(to_toml(without_secrets(config)), encoding="utf-8")
-    events = EventsWriter(out)
-    first_step = resumed.step + 1 if resumed is not None and goes_on else None
-    watchers = Watchers(config, console, events, first_step)
-    return Files(console, MetricsWriter(out), events, watchers, last_step)

@@ -67,7 +67,7 @@ CASES = MappingProxyType(
         "train/keeping.py::Keeper._report": (("train.keeping.Exporter.start", EXPORTS),),
         "train/keeping.py::Keeper._candidates": (("train.keeping._finished", ()),),
         "train/keeping.py::Keeper._put_aside": (("train.keeping._put_aside", ()),),
-        "train/reporter.py::Reporter.open": (("train.reporter.open_files", ()), ("train.reporter.Watchers", ())),
+        "train/reporter.py::Reporter.open": (("train.reporter.open_files", ()), ("train.files.Watchers", ())),
         "train/reporter.py::Reporter.start": (
             ("train.reporter.overview", ()),
             ("train.reporter.Reporter.tell_resumed", (RESUMES,)),
@@ -76,8 +76,8 @@ CASES = MappingProxyType(
         "train/reporter.py::Reporter.exported": (("train.reporter.Reporter.exported", EXPORTS),),
         "train/reporter.py::Reporter.step": (
             ("train.reporter.Reporter.tell", ()),
-            ("train.reporter.MetricsWriter.write", ()),
-            ("train.reporter.Watchers.log", ()),
+            ("train.files.MetricsWriter.write", ()),
+            ("train.files.Watchers.log", ()),
         ),
         "train/reporter.py::Reporter.evaluated": (("train.reporter.Files.forget_after", (RESUMES, OWES)),),
         "train/reporter.py::Reporter.sample": (("train.reporter.cut", SAMPLES),),
@@ -88,7 +88,7 @@ CASES = MappingProxyType(
         "train/reporter.py::Reporter.warn": (("train.reporter.Reporter.warn", SPIKES),),
         "train/reporter.py::Reporter.fault": (("train.reporter.Reporter.fault", (FAILS,)),),
         "train/reporter.py::Reporter.close": (
-            ("train.reporter.Watchers.close", ()),
+            ("train.files.Watchers.close", ()),
             ("train.devices.Devices.close", ()),
         ),
         "train/wishes.py::Wishes.now": (("train.wishes.Wishes.now", ()),),
@@ -107,7 +107,7 @@ DISKS_FAIL = (
     "train.keeping._put_aside",
     "train.keeping.amend",
     "train.reporter.open_files",
-    "train.reporter.MetricsWriter.write",
+    "train.files.MetricsWriter.write",
     "train.reporter.Reporter.fault",
     "checkpoint.save.commit",
 )
